@@ -1,0 +1,138 @@
+"""QuantizeConfig: the one frozen schema of a quantization.
+
+Field names, defaults and rules are those of Optimum's `GPTQQuantizer`, and the keys are the keys of the checkpoint's
+`quantization_config`: nothing is renamed on the way to disk. A config is validated when it is made; an object that exists
+is valid. Rules between fields stand in `QuantizeConfig._between_fields` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Bits = Literal[2, 3, 4, 8]
+Format = Literal["gptq", "gptq_v2"]
+
+
+class Schema(BaseModel):
+    """A frozen pydantic model that refuses unknown keys and names the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.4)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {key!r}: {hint}")
+        return data
+
+
+class QuantizeConfig(Schema):
+    """What is computed for every quantized linear. Defaults are Optimum's."""
+
+    bits: Bits
+    """Bits a weight: 2, 3, 4 or 8."""
+    dataset: str | list[str] | list[list[int]] | None = None
+    """Calibration text: a file (.txt, .jsonl, .parquet), a named hub dataset (wikitext2, c4), texts, or rows of token ids."""
+    group_size: int = 128
+    """Input columns that share a scale; -1: the whole row. Must divide the input size of every quantized linear."""
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of mean(diag H) added to the diagonal of H."""
+    desc_act: bool = False
+    """Process columns by decreasing diag(H) and let groups follow that order (a non-trivial g_idx on disk)."""
+    act_group_aware: bool = True
+    """Reorder whole groups, and columns inside a group, by diag(H); g_idx stays trivial. Gives way to desc_act and static_groups."""
+    static_groups: bool = False
+    """Fit all scales on the original weights before the sweep, instead of group by group on the conditional targets."""
+    activation_order: bool = False
+    """With static_groups: process columns by decreasing diag(H); g_idx stays trivial. On by default there."""
+    sym: bool = True
+    """Zero point fixed at 2^(bits-1). False: a fitted integer zero point a group."""
+    true_sequential: bool = True
+    """Layers of a block see the already quantized earlier layers of the same block. False: all see the original ones."""
+    format: Format = "gptq"
+    """Layout of the zeros on disk: 'gptq' stores zero - 1, 'gptq_v2' the zero itself."""
+    backend: str | None = None
+    """Who runs the quantized linears when the checkpoint is loaded. None or 'torch': this library, in plain torch."""
+    recipe: Literal["classic"] = "classic"
+    """A named set of the fields above. classic: the paper's method, option for option as in Optimum and GPTQModel."""
+    strict: bool = True
+    """A linear that cannot be packed (size not divisible) is an error. False: it is left in its dtype and reported."""
+    on_failure: Literal["error", "round"] = "error"
+    """A Hessian that cannot be factored is an error, or the layer is rounded to nearest; counted and reported."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive_or_row(cls, value: int) -> int:
+        if value != -1 and value <= 0:
+            raise ValueError("must be a positive number of columns (32, 64 and 128 load everywhere), or -1 for the whole row")
+        return value
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, value: str | None) -> str | None:
+        if value not in (None, "torch"):
+            raise ValueError("must be null or 'torch', the only runner so far")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_give_way(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if data.get("desc_act") is True or data.get("static_groups") is True:
+            data.setdefault("act_group_aware", False)
+        if data.get("static_groups") is True:
+            data.setdefault("activation_order", True)
+        return data
+
+    @model_validator(mode="after")
+    def _between_fields(self) -> QuantizeConfig:
+        if self.act_group_aware and self.desc_act:
+            raise ValueError("act_group_aware: true works only with desc_act: false; leave one of them out")
+        if self.static_groups and self.desc_act:
+            raise ValueError("static_groups: true excludes desc_act: true; static groups take activation_order: true instead, "
+                             "the same order with a g_idx that every consumer loads")
+        if self.static_groups and self.act_group_aware:
+            raise ValueError("static_groups: true excludes act_group_aware: true; use activation_order")
+        if self.activation_order and not self.static_groups:
+            raise ValueError("activation_order: true works only with static_groups: true; without them use desc_act or act_group_aware")
+        return self
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def smallest_zero(self) -> int:
+        """v1 stores zero - 1, so it cannot hold a zero of 0 (the subtraction would borrow from its neighbour)."""
+        return 1 if self.format == "gptq" else 0
+
+    def groups_of(self, in_features: int) -> int:
+        """Number of groups along a row of `in_features` columns."""
+        return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+def explain(error: ValidationError, under: str = "") -> str:
+    """A pydantic error as one line: each problem as `key = value: rule`, dotted from `under`."""
+    problems = []
+    for item in error.errors():
+        # pydantic puts the branch of a union into the location; users know only the keys
+        keys = [str(part) for part in item["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+        where = ".".join(([under] if under else []) + keys)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            problems.append(f"{where} is required: add it to the config or give it on the command line")
+        elif item["type"] == "value_error" and isinstance(item["input"], dict):
+            problems.append(f"{where}: {message}" if where else message)
+        else:
+            value = repr(item["input"])
+            problems.append(f"{where} = {value if len(value) < 80 else value[:77] + '...'}: {message[0].lower() + message[1:]}")
+    return "; ".join(dict.fromkeys(problems))

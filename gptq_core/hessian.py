@@ -1,0 +1,50 @@
+"""The Hessian of an input group: H = mean over tokens of x xᵀ.
+
+Members of an input group receive the same tensor, so they share one H (in, in), accumulated in float32 over the batches as
+they arrive and divided by the token count at the end. H is symmetric: only panels on and below the diagonal are computed,
+with plain GEMMs, and mirrored once when the sum is read. On CUDA, half-precision inputs multiply on the tensor cores with a
+float32 result: a bf16 or fp16 product is exact in float32, so nothing is lost against casting first.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PANELS = 4
+"""Column panels of the half product: 4 do 5/8 of the full work and keep every GEMM large."""
+SMALLEST_PANEL = 256
+"""Below this width a panel's GEMM is too small to pay for itself."""
+
+
+class Hessian:
+    """Running sum of x xᵀ over the tokens seen by one input group."""
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        width = max(SMALLEST_PANEL, -(-in_features // PANELS))
+        self._panels = [(start, min(start + width, in_features)) for start in range(0, in_features, width)]
+        self.tokens = 0
+
+    def add(self, inputs: Float[Tensor, "*batch in_features"]) -> None:
+        """Add a batch of inputs; every leading axis counts as tokens."""
+        x = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += x.shape[0]
+        on_tensor_cores = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        if not on_tensor_cores:
+            x = x.float()
+        for start, stop in self._panels:
+            below, panel = x[:, start:].T, x[:, start:stop]
+            target = self._sum[start:, start:stop]
+            if on_tensor_cores:
+                target += torch.mm(below, panel, out_dtype=torch.float32)
+            else:
+                target.addmm_(below, panel)
+
+    def mean(self) -> Float[Tensor, "in_features in_features"]:
+        """The symmetric mean (in, in), float32. The sum itself is left as it is."""
+        result = self._sum / max(self.tokens, 1)
+        for start, stop in self._panels:
+            result[start:stop, stop:] = result[stop:, start:stop].T
+        return result

@@ -1,0 +1,147 @@
+"""The column sweep: GPTQ on the transposed weight, blocked.
+
+Input: the target weight W (in, out), one column of the layer a contiguous row, and the factor R of factor.py, both in
+processing order. For a column block b..e:
+
+1. T = W[b:e] + solve(R_bbᵀ, R[:b, b:e]ᵀ · δ[:b]) with δ = W - Q of the columns done: one tall GEMM and one small triangular
+   solve. T is the conditional optimum of the block, given everything rounded so far.
+2. Inside, right-looking with U = R_bb⁻¹, rows scaled to a unit diagonal: round a column, push its error on the columns that
+   follow. Sub-blocks of at most 16 columns go column by column, a GEMM carries their errors to the rest of the block.
+3. δ[b:e] = W[b:e] - Q[b:e].
+
+Dynamic groups are fitted on T at the moment their first column is reached, when T is the conditional optimum of the whole
+group; therefore sub-blocks never straddle a group. The loss is free: Σ_i (target_i - q_i)² R[i,i]², the quadratic form
+(w - q)(H + λI)(w - q)ᵀ of each row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Int32, UInt8
+from torch import Tensor
+
+from gptq_core import grid
+from gptq_core.config import QuantizeConfig
+from gptq_core.factor import Factor
+
+COLUMN_BLOCK = 128
+SUB_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One solved weight, columns in their original order. `out` may be the stacked rows of several layers."""
+
+    codes: UInt8[Tensor, "columns out"]
+    scales: Float[Tensor, "groups out"]
+    """float16, as on disk."""
+    zeros: UInt8[Tensor, "groups out"]
+    g_idx: Int32[Tensor, " columns"]
+    loss: Float[Tensor, " out"]
+    """(w - q)(H + λI)(w - q)ᵀ of each output row: mean squared output error a token, damping included."""
+
+    def rows(self, start: int, stop: int) -> Solution:
+        """The part that belongs to the output rows start..stop."""
+        parts = (t[:, start:stop].contiguous() for t in (self.codes, self.scales, self.zeros))
+        return Solution(*parts, self.g_idx, self.loss[start:stop])
+
+    def weight(self, dtype: torch.dtype) -> Float[Tensor, "out columns"]:
+        """The dequantized weight (out, in)."""
+        return grid.dequantize(self.codes, self.scales, self.zeros, self.g_idx, dtype)
+
+
+def solve(weight: Float[Tensor, "out columns"], factor: Factor, config: QuantizeConfig) -> Solution:
+    """Quantize a weight (out, in) against a factored Hessian (in, in). The input is not changed.
+
+    Computes in the factor's dtype. in must be divisible by group_size (the engine checks this before any work).
+    """
+    columns = weight.shape[1]
+    size = columns if config.group_size == -1 else config.group_size
+    target = weight.to(factor.upper.dtype).T.contiguous()
+    original_group = torch.arange(columns, device=weight.device) // size
+    groups = config.groups_of(columns)
+    shape = (groups, weight.shape[0])
+    fitted = grid.Grid(target.new_empty(shape), target.new_empty(shape), config.max_code)
+    # a single group is fitted on the original weights either way, so it needs no block as long as the row
+    fit_during_sweep = not config.static_groups and groups > 1
+    if not fit_during_sweep:
+        for g in range(groups):
+            fitted.scales[g], fitted.zeros[g] = grid.min_max(target[g * size : (g + 1) * size], config)
+    # groups follow the processing order under desc_act; in every other order a column keeps its own group
+    g_idx = torch.empty_like(original_group)
+    g_idx[factor.order] = original_group if config.desc_act else original_group[factor.order]
+    fit = config if fit_during_sweep else None
+    codes, loss = sweep(target[factor.order], factor.upper, g_idx[factor.order], fitted, fit)
+    restored = torch.empty_like(codes)
+    restored[factor.order] = codes
+    return Solution(restored, fitted.scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss)
+
+
+def round_to_nearest(weight: Float[Tensor, "out columns"], config: QuantizeConfig) -> Solution:
+    """Every weight to its nearest code on min-max scales: what a failed factorization falls back to where that is allowed."""
+    columns = weight.shape[1]
+    identity = Factor(torch.eye(columns, device=weight.device), torch.arange(columns, device=weight.device), config.damp_percent, 0)
+    plain = config.model_copy(update={"desc_act": False})
+    return solve(weight.float(), identity, plain)
+
+
+def sweep(
+    target: Float[Tensor, "columns out"],
+    upper: Float[Tensor, "columns columns"],
+    group_of: Int[Tensor, " columns"],
+    fitted: grid.Grid,
+    fit: QuantizeConfig | None,
+) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, " out"]]:
+    """Codes (in, out) and loss (out,) of a target in processing order.
+
+    `group_of` gives the group of each position. With `fit`, each group is a run of positions and its row of `fitted` is filled
+    when the sweep reaches it; without, `fitted` is complete and groups may be interleaved.
+    """
+    columns, out = target.shape
+    groups = group_of.tolist()
+    run = columns // fitted.scales.shape[0] if fit else SUB_BLOCK
+    codes = torch.empty(columns, out, dtype=torch.uint8, device=target.device)
+    delta = torch.empty_like(target)
+    loss = target.new_zeros(out)
+    block = _block_size(columns, run)
+    for begin in range(0, columns, block):
+        end = min(begin + block, columns)
+        triangle = upper[begin:end, begin:end]
+        now = target[begin:end].clone()
+        if begin:
+            carried = upper[:begin, begin:end].T @ delta[:begin]
+            now += torch.linalg.solve_triangular(triangle.T, carried, upper=False)
+        feedback = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=now.dtype, device=now.device), upper=True)
+        feedback = feedback / feedback.diagonal().unsqueeze(1)
+        for start, stop in _sub_blocks(end - begin, run):
+            if fit and start % run == 0:
+                g = groups[begin + start]
+                fitted.scales[g], fitted.zeros[g] = grid.min_max(now[start : start + run], fit)
+            for i in range(start, stop):
+                g = groups[begin + i]
+                code = grid.quantize(now[i], fitted.scales[g], fitted.zeros[g], fitted.max_code)
+                codes[begin + i] = code
+                rounded = code.sub_(fitted.zeros[g]).mul_(fitted.scales[g])
+                torch.sub(target[begin + i], rounded, out=delta[begin + i])
+                now[i] -= rounded  # from here on row i holds the error of column i
+                if i + 1 < stop:
+                    now[i + 1 : stop].addr_(feedback[i, i + 1 : stop], now[i], alpha=-1)
+            if stop < end - begin:
+                now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
+        loss += now.mul_(triangle.diagonal().unsqueeze(1)).square_().sum(0)
+    return codes, loss
+
+
+def _block_size(columns: int, run: int) -> int:
+    """A multiple of the group length near COLUMN_BLOCK, so that a block never cuts a group; a long group is its own block."""
+    return min(columns, run * max(1, COLUMN_BLOCK // run))
+
+
+def _sub_blocks(columns: int, run: int) -> list[tuple[int, int]]:
+    return [
+        (start, min(start + SUB_BLOCK, first + run, columns))
+        for first in range(0, columns, run)
+        for start in range(first, min(first + run, columns), SUB_BLOCK)
+    ]
