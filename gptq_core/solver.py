@@ -45,7 +45,7 @@ class Solution:
     def rows(self, start: int, stop: int) -> Solution:
         """The part that belongs to the output rows start..stop."""
         parts = (t[:, start:stop].contiguous() for t in (self.codes, self.scales, self.zeros))
-        return Solution(*parts, self.g_idx, self.loss[start:stop])
+        return Solution(*parts, self.g_idx.clone(), self.loss[start:stop])
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out columns"]:
         """The dequantized weight (out, in)."""

@@ -101,7 +101,7 @@ def train(out: Path, budget: int, seed: int) -> None:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original"),
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.15, adjust_lr_fn="original"),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     steps = budget // (BATCH * WINDOW)
@@ -149,7 +149,7 @@ def train(out: Path, budget: int, seed: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the embedded model")
     parser.add_argument("--out", type=Path, default=HERE / "model")
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="training budget in tokens")
+    parser.add_argument("--tokens", type=int, default=4_500_000, help="training budget in tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

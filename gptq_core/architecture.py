@@ -1,0 +1,154 @@
+"""What a model is made of, discovered rather than listed.
+
+A causal language model is built empty, on the meta device, and filled piece by piece from its checkpoint. Its decoder blocks
+are the one list of modules as long as the config says there are layers; its quantizable parts are the `nn.Linear` in them.
+What this engine cannot quantize yet (GPT-2's Conv1D, experts stacked in one 3-D parameter) is refused with its name, because
+leaving most of a model in silence as it was would look like success.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gptq_core.errors import CorruptCheckpointError, InputError, UnsupportedModelError
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """An empty model and where its decoder blocks are."""
+
+    model: PreTrainedModel
+    prefix: str
+    """Name of the list of blocks, such as `model.layers`."""
+    blocks: nn.ModuleList
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The model's config. Raises InputError for an architecture that transformers does not know (remote code is never run)."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device = {device!r}: this machine's torch sees no GPU; use 'cpu' or 'auto'")
+    return chosen
+
+
+def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on the CPU and the checkpoint's own dtype on a GPU."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with all parameters on the meta device and its computed buffers real, on the CPU."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UnsupportedModelError(f"model_type {config.model_type!r}: not a causal language model ({str(error).splitlines()[0]})") from error
+    for module in model.modules():
+        computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if computed:
+            # transformers computes such buffers (rotary frequencies, embedding scales) here when it loads a checkpoint itself;
+            # the module's parameters are still on meta, where initialising does nothing
+            model._init_weights(module)
+    return model.eval().requires_grad_(False)
+
+
+def find_decoder(model: PreTrainedModel) -> Decoder:
+    """Find the decoder blocks. Raises UnsupportedModelError when there is no single list of them."""
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == expected and len(module) > 0 and all(any(True for _ in b.children()) for b in module)
+    ]
+    outermost = [(n, m) for n, m in candidates if not any(n.startswith(f"{other}.") for other, _ in candidates)]
+    if len(outermost) != 1:
+        found = ", ".join(name for name, _ in outermost) or "none"
+        raise UnsupportedModelError(f"{type(model).__name__}: one list of {expected} decoder blocks is needed, found: {found}")
+    prefix, blocks = outermost[0]
+    for index, block in enumerate(blocks):
+        _refuse_unsupported(f"{prefix}.{index}", block)
+    return Decoder(model, prefix, blocks)
+
+
+def _refuse_unsupported(path: str, block: nn.Module) -> None:
+    for name, module in block.named_modules():
+        if isinstance(module, Conv1D):
+            raise UnsupportedModelError(f"{path}.{name}: Conv1D (GPT-2's transposed linear) cannot be quantized yet")
+        stacked = [p for p, tensor in module.named_parameters(recurse=False) if tensor.ndim == 3]
+        if stacked and not isinstance(module, nn.modules.conv._ConvNd):
+            raise UnsupportedModelError(f"{path}.{name}.{stacked[0]}: experts stacked in one 3-D parameter cannot be quantized yet")
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block by their name inside it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def source_name(model: PreTrainedModel, name: str, available: Callable[[str], bool]) -> str | None:
+    """The name under which a checkpoint stores a tensor: the model's own, or without the prefix of the base model."""
+    bare = name.removeprefix(f"{model.base_model_prefix}.")
+    return next((candidate for candidate in (name, bare) if available(candidate)), None)
+
+
+def tensor_names(module: nn.Module, prefix: str = "") -> list[str]:
+    """Names of all parameters and persistent buffers, tied ones included."""
+    dot = f"{prefix}." if prefix else ""
+    return [dot + name for name in module.state_dict()]
+
+
+def fill(module: nn.Module, prefix: str, read: Read, device: torch.device, dtype: torch.dtype, skip: set[str] = frozenset()) -> None:
+    """Give a module on meta its tensors: floating ones in `dtype`, all on `device`. `skip` names (full names) stay on meta.
+
+    Computed buffers only move to the device.
+    """
+    for owner_name, owner in module.named_modules():
+        path = ".".join(part for part in (prefix, owner_name) if part)
+        dot = f"{path}." if path else ""
+        for name, value in owner._parameters.items():
+            if value is not None and dot + name not in skip:
+                owner._parameters[name] = nn.Parameter(_placed(read(dot + name), value, dot + name, device, dtype), requires_grad=False)
+        for name, value in owner._buffers.items():
+            if value is None or dot + name in skip:
+                continue
+            computed = name in owner._non_persistent_buffers_set
+            owner._buffers[name] = value.to(device) if computed else _placed(read(dot + name), value, dot + name, device, dtype)
+
+
+def _placed(tensor: Tensor, expected: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if tensor.shape != expected.shape:
+        raise CorruptCheckpointError(f"{name}: shape {tuple(tensor.shape)} on disk, {tuple(expected.shape)} expected by config.json")
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def empty(module: nn.Module) -> None:
+    """Release a block's tensors: back to meta. Computed buffers stay, because no checkpoint could bring them back."""
+    for owner in module.modules():
+        for name, value in owner._parameters.items():
+            if value is not None:
+                owner._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
+        for name, value in owner._buffers.items():
+            if value is not None and name not in owner._non_persistent_buffers_set:
+                owner._buffers[name] = value.to("meta")

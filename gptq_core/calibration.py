@@ -1,0 +1,146 @@
+"""Text to token windows.
+
+Calibration packs documents into one token stream without padding and cuts windows of `seqlen` at stream offsets that are
+multiples of it; `samples` of them are drawn without replacement by the seed. Evaluation joins documents with two newlines and
+takes every non-overlapping window, as the papers do. Beginning-of-sequence tokens are whatever the tokenizer adds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptq_core.errors import InputError
+from gptq_core.text import read_documents
+
+OVERSAMPLING = 8
+"""Calibration reads at most this many times the tokens it needs: enough to draw from, without reading a whole web crawl."""
+TAIL = 0.1
+"""Share of the windows kept apart for evaluation when no evaluation text is given."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of equal length and where they came from."""
+
+    tokens: Tensor
+    """(count, seqlen) int64."""
+    source: str
+    total_windows: int
+    """Windows that the text read held; at least `count`."""
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def seqlen(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of shape and token ids."""
+        shape = f"{self.count}x{self.seqlen}:".encode()
+        return hashlib.sha256(shape + self.tokens.contiguous().numpy().tobytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        save_file({"tokens": self.tokens.contiguous()}, path, {"source": self.source, "total_windows": str(self.total_windows)})
+
+    @classmethod
+    def load(cls, path: Path) -> Windows:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            return cls(file.get_tensor("tokens"), metadata["source"], int(metadata["total_windows"]))
+
+
+def calibration_windows(dataset: Any, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Windows:
+    """Draw `samples` windows of `seqlen` tokens; fewer where the text has fewer (see total_windows).
+
+    `dataset` is what `QuantizeConfig.dataset` takes. Raises InputError when the text does not fill one window.
+    """
+    stream = _packed(dataset, tokenizer, limit=OVERSAMPLING * samples * seqlen)
+    return _draw(_cut(stream, seqlen, dataset), samples, seed, _name(dataset))
+
+
+def evaluation_windows(dataset: Any, tokenizer: Any, seqlen: int, samples: int | None = None) -> Windows:
+    """Every non-overlapping window of the documents joined with two newlines, or the first `samples` of them."""
+    if _is_token_rows(dataset):
+        stream = [token for row in dataset for token in row]
+    else:
+        stream = _encode(tokenizer, ["\n\n".join(read_documents(dataset, evaluation=True))])[0]
+    windows = _cut(stream, seqlen, dataset)
+    return Windows(windows[:samples], _name(dataset), windows.shape[0])
+
+
+def split_windows(
+    dataset: Any, tokenizer: Any, samples: int, seqlen: int, seed: int, evaluation_seqlen: int
+) -> tuple[Windows, Windows]:
+    """Calibration and evaluation windows from one text: the last tenth is kept apart for evaluation.
+
+    Raises InputError when the text is too short for a window of each.
+    """
+    stream = _packed(dataset, tokenizer, limit=OVERSAMPLING * samples * seqlen)
+    tail = max(evaluation_seqlen, int(len(stream) * TAIL))
+    head = stream[: len(stream) - tail]
+    if len(head) < seqlen:
+        _cut(stream, seqlen, dataset)  # a text that does not even fill one window gets the plainer message
+        raise InputError(
+            f"dataset {_name(dataset)}: {len(stream)} tokens do not fill a calibration window of {seqlen} and an evaluation window of "
+            f"{evaluation_seqlen}; give more text, shorter windows (seqlen), or a text of its own for evaluation (evaluation.dataset)"
+        )
+    held = _cut(stream[len(stream) - tail :], evaluation_seqlen, dataset)
+    name = _name(dataset)
+    return _draw(_cut(head, seqlen, dataset), samples, seed, name), Windows(held, f"{name} (tail kept apart)", held.shape[0])
+
+
+def _packed(dataset: Any, tokenizer: Any, limit: int) -> list[int]:
+    """One token stream of the documents, tokenized one by one, at most `limit` tokens of several documents."""
+    if dataset is None:
+        raise InputError("quantization.dataset is required: a .txt, .jsonl or .parquet file, a named dataset, texts or token ids")
+    if _is_token_rows(dataset):
+        return [token for row in dataset for token in row]
+    stream: list[int] = []
+    for document in read_documents(dataset):
+        stream += _encode(tokenizer, [document])[0]
+        if len(stream) >= limit:
+            break
+    return stream
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # verbose=False: a stream longer than the model's maximum is the point here, not a mistake to warn of
+    return tokenizer(texts, verbose=False)["input_ids"]
+
+
+def _is_token_rows(dataset: Any) -> bool:
+    return isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], list)
+
+
+def _name(dataset: Any) -> str:
+    if isinstance(dataset, str):
+        return Path(dataset).name  # the record travels with the checkpoint: no local folder in it
+    return f"{len(dataset)} rows of token ids" if _is_token_rows(dataset) else f"{len(dataset)} texts"
+
+
+def _cut(stream: list[int], seqlen: int, dataset: Any) -> Tensor:
+    count = len(stream) // seqlen
+    if not stream:
+        raise InputError(f"dataset {_name(dataset)}: the text is empty; give a text of at least {seqlen} tokens")
+    if count == 0:
+        raise InputError(
+            f"dataset {_name(dataset)}: the text has {len(stream)} tokens, shorter than one window of {seqlen}; "
+            "give more text or a shorter seqlen"
+        )
+    return torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+
+
+def _draw(windows: Tensor, samples: int, seed: int, name: str) -> Windows:
+    chosen = torch.randperm(windows.shape[0], generator=torch.Generator().manual_seed(seed))[:samples]
+    return Windows(windows[chosen], name, windows.shape[0])

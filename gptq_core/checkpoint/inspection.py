@@ -1,0 +1,49 @@
+"""Look into a checkpoint without loading it: what is packed, at which width, and what was left dense."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from gptq_core.checkpoint.format import read_quantization_config
+from gptq_core.checkpoint.reader import Checkpoint
+from gptq_core.errors import CorruptCheckpointError
+
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Format, widths, groups and sizes, from the JSON and the tensor headers alone. Raises InputError for another kind of folder."""
+    quantization = read_quantization_config(Path(path))
+    source = Checkpoint(Path(path))
+    size = {name: _bytes(*source.header(name)) for name in source.names}
+    layers, packed = [], set()
+    for name in source.names:
+        if not name.endswith(".qweight"):
+            continue
+        stem = name.removesuffix(".qweight")
+        parts = [f"{stem}.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{leaf}" in source]
+        if len(parts) < 3:
+            raise CorruptCheckpointError(f"{path}: {stem} has only {', '.join(parts)}")
+        packed.update(parts)
+        words, out = source.header(name)[1]
+        groups, stored_zeros = source.header(f"{stem}.scales")[1][0], source.header(f"{stem}.qzeros")[1][1]
+        bits = stored_zeros * 32 // out
+        layers.append({"name": stem, "in_features": words * 32 // bits, "out_features": out, "groups": groups, "bits": bits,
+                       "bytes": sum(size[p] for p in parts)})  # fmt: skip
+    dense = [{"name": n, "shape": list(source.header(n)[1]), "dtype": source.header(n)[0], "bytes": size[n]} for n in source.names if n not in packed]
+    weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
+    return {
+        "path": str(path),
+        "format": quantization.get("checkpoint_format") or quantization.get("format") or "gptq",
+        **{key: quantization.get(key) for key in ("bits", "group_size", "sym", "desc_act")},
+        "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights if weights else None,
+        "bytes": sum(size.values()),
+        "layers": layers,
+        "dense": dense,
+    }
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return DTYPE_BYTES[dtype] * math.prod(shape)

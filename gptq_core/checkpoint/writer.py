@@ -1,0 +1,197 @@
+"""Durable output: block files, manifest, and the folder that appears when all is done.
+
+Work happens in `<out>.partial` under a kernel lock on `<out>.lock`. A decoder block's file is a final shard: written to a
+temporary name, fsynced, renamed into place, and only then named, with its sha256, by one line of `manifest.jsonl`. So after a
+kill −9 the manifest tells exactly what is finished. Publishing renames the folder to `<out>`; its manifest is the last thing
+written. Nothing in the folder depends on the clock: a resumed run gives the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from gptq_core.checkpoint.reader import file_sha256
+from gptq_core.errors import CorruptCheckpointError, InputError, OutputHeldError
+
+MANIFEST = "manifest.jsonl"
+
+
+class OutputFolder:
+    """One output folder, from lock to publication. Holds the lock until closed; the kernel frees it when the process dies."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+        self.records: list[dict[str, Any]] = []
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(out.with_name(out.name + ".lock"), "a+")  # noqa: SIM115 - held until close()
+        except OSError as error:
+            raise InputError(f"output.dir = {str(out)!r}: cannot be written ({error.strerror}); choose another folder") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another run"
+            self._lock.close()
+            raise OutputHeldError(f"output.dir = {str(out)!r} is held by {holder}; wait for it or choose another folder") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()}\n")
+        self._lock.flush()
+
+    def close(self) -> None:
+        self._lock.close()
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def open(self, key: str, run: dict[str, Any], overwrite: bool) -> bool:
+        """Find out where work stands for this key: True when `out` already holds its finished result.
+
+        Otherwise `<out>.partial` is resumed or begun. Work of another key is never thrown away unless `overwrite` says so.
+        """
+        finished = self._read(self.out)
+        if finished and finished[-1]["kind"] == "complete" and finished[0]["key"] == key:
+            self.records = finished
+            self._check_sizes()
+            return True
+        if self.out.exists() and any(self.out.iterdir()) and not overwrite:
+            raise InputError(f"output.dir = {str(self.out)!r} already holds something else{_difference(finished, run)}; "
+                             "choose another folder, or set output.overwrite: true (--overwrite)")  # fmt: skip
+        begun = self._read(self.partial)
+        if begun and begun[0]["key"] == key:
+            self.records = begun
+            self._rewrite(begun)  # drops a last line that a crash left incomplete
+            return False
+        if begun and len(begun) > 1 and not overwrite:
+            raise InputError(f"{self.partial} holds {len(begun) - 1} finished blocks of another run{_difference(begun, run)}; finish that run, "
+                             "remove the folder, choose another output, or set output.overwrite: true (--overwrite)")  # fmt: skip
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir()
+        self.records = [{"kind": "run", "key": key, **run}]
+        self._rewrite(self.records)
+        return False
+
+    def _check_sizes(self) -> None:
+        for record in self.records:
+            for name, size in record.get("files", {}).items():
+                path = self.out / name
+                if not path.is_file() or path.stat().st_size != size:
+                    raise CorruptCheckpointError(f"{path}: missing or not the {size} bytes its manifest names; "
+                                                 "run again with output.overwrite: true (--overwrite)")  # fmt: skip
+
+    @staticmethod
+    def _read(folder: Path) -> list[dict[str, Any]]:
+        path = folder / MANIFEST
+        if not path.is_file():
+            return []
+        # every complete line ends in a newline: what follows the last one is a write that a crash cut off
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+    def block(self, index: int) -> dict[str, Any] | None:
+        """The record of a finished block, if its file is still what the manifest says."""
+        for record in self.records:
+            if record["kind"] == "block" and record["block"] == index:
+                path = self.partial / record["file"]
+                if path.is_file() and file_sha256(path) == record["sha256"]:
+                    return record
+        return None
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write_shard(self, file: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
+        """Commit one shard and its manifest line. Returns the record as written."""
+        data = safetensors.torch.save({name: t.contiguous().cpu() for name, t in tensors.items()}, {"format": "pt"})
+        self._commit(file, data)
+        record = record | {"file": file, "files": {file: len(data)}, "sha256": hashlib.sha256(data).hexdigest(), "tensors": list(tensors)}
+        kept = [r for r in self.records if not (r["kind"] == record["kind"] and r.get("block") == record.get("block"))]
+        self.records = [*kept, record]
+        self._rewrite(self.records) if len(kept) != len(self.records) - 1 else self._append(record)
+        return record
+
+    def write_text(self, file: str, text: str) -> None:
+        self._commit(file, text.encode())
+
+    def copy(self, source: Path) -> None:
+        self._commit(source.name, source.read_bytes())
+
+    def publish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write the last manifest line, with every file's size and sha256, and rename the folder to its final name."""
+        names = sorted(path.name for path in self.partial.iterdir() if path.name not in (MANIFEST, "README.md"))
+        shards = {r["file"]: r["sha256"] for r in self.records if "file" in r}
+        record = {
+            "kind": "complete",
+            "summary": summary,
+            "files": {name: (self.partial / name).stat().st_size for name in names},
+            "sha256": {name: shards.get(name) or file_sha256(self.partial / name) for name in names},
+        }
+        # blocks may have been redone out of order; the final manifest always reads the same
+        ordered = sorted((r for r in self.records if r["kind"] != "complete"), key=lambda r: (r["kind"] != "run", r.get("block", 1 << 30)))
+        self.records = [*ordered, record]
+        self._rewrite(self.records)
+        if self.out.exists():
+            old = self.out.with_name(self.out.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(self.out, old)
+            os.rename(self.partial, self.out)
+            shutil.rmtree(old)
+        else:
+            os.rename(self.partial, self.out)
+        _sync_folder(self.out.parent)
+        return record
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with (self.partial / MANIFEST).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _rewrite(self, records: list[dict[str, Any]]) -> None:
+        self._commit(MANIFEST, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+    def _commit(self, name: str, data: bytes) -> None:
+        replace_file(self.partial / name, data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put bytes at a path so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.rename(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _difference(records: list[dict[str, Any]], run: dict[str, Any]) -> str:
+    """How the run that wrote a folder differs from the one asked for, in words."""
+    if not records:
+        return ""
+    there = records[0]
+    changed = [
+        f"{name} {there['config'].get(name)!r} there, {value!r} asked for"
+        for name, value in run["config"].items()
+        if there.get("config", {}).get(name) != value
+    ]
+    changed += [f"another {what}" for what, field in (("model", "model_sha256"), ("calibration text", "tokens_sha256"), ("version or device", "versions"))
+                if there.get(field) != run[field]]  # fmt: skip
+    return f" ({'; '.join(changed)})" if changed else ""

@@ -1,0 +1,491 @@
+"""Quantize a model into a checkpoint: the one place where model, method, format and hardware meet.
+
+    with Quantization.open(model, config, windows, out) as run:
+        run.capture()
+        for index in range(run.block_count):
+            run.quantize_block(index)
+        run.assemble()
+
+One decoder block is in memory at a time: read from its shards (the next one meanwhile, by a thread), walked, packed, written
+as a final shard, released. So memory does not grow with depth. Blocks already on disk are replayed: dequantized and run
+forward, which restores the activations exactly, so that nothing but finished blocks is ever saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gptq_core import architecture, grid, solver, walk
+from gptq_core.calibration import Windows
+from gptq_core.checkpoint import card, format
+from gptq_core.checkpoint.packing import unpack, unpack_zeros
+from gptq_core.checkpoint.reader import INDEX, Checkpoint, resolve
+from gptq_core.checkpoint.writer import OutputFolder
+from gptq_core.config import QuantizeConfig
+from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError
+from gptq_core.factor import Factor, factorize
+from gptq_core.hessian import Hessian
+
+TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
+"""Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
+POWER_ROWS = 256
+"""Rows of a layer on which its output power is measured for the relative error; all of them would cost another sweep."""
+CARRIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files of the source folder that belong to the model as much as its weights do."""
+
+
+def load_tokenizer(model_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises InputError when the folder has none."""
+    folder = resolve(model_path, revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+
+
+def model_limits(model_path: str, revision: str | None = None) -> int:
+    """The longest window of tokens that the model allows."""
+    config = architecture.load_config(resolve(model_path, revision)).get_text_config(decoder=True)
+    return next((n for n in (getattr(config, a, None) for a in ("max_position_embeddings", "n_positions", "seq_length")) if n), 1 << 20)
+
+
+class Quantization:
+    """One model on its way into one output folder. Made by `open`, closed by `close` or `with`."""
+
+    def __init__(self, source: Checkpoint, config: QuantizeConfig, windows: Windows, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.windows, self.device, self.dtype = config, windows, device, dtype
+        self.source = source
+        self.decoder = architecture.find_decoder(architecture.empty_model(architecture.load_config(source.folder), dtype))
+        self.block_count = len(self.decoder.blocks)
+        self.stage_seconds: dict[str, float] = defaultdict(float)
+        self.plan = self._plan()
+        self._hidden: list[Tensor] = []
+        self._calls: list[dict[int, walk.Call]] = []
+        self._position = 0  # the block that self._hidden enters
+        self._prefetcher = ThreadPoolExecutor(max_workers=1)
+        self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        model_path: str,
+        config: QuantizeConfig,
+        windows: Windows,
+        out: Path,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        overwrite: bool = False,
+    ) -> Quantization:
+        """Check everything that can be checked without work, lock the output and find what is already done.
+
+        Raises InputError (wrong model, config or output; nothing was touched) or OutputHeldError.
+        """
+        source = Checkpoint(resolve(model_path, revision))
+        target = architecture.choose_device(device)
+        run = cls(source, config, windows, target, architecture.choose_dtype(dtype, architecture.load_config(source.folder), target))
+        run.output = OutputFolder(Path(out))
+        try:
+            record = run._identity()
+            run.key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+            run.finished = run.output.open(run.key, record, overwrite)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def __enter__(self) -> Quantization:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock and the memory. Finished blocks stay on disk."""
+        self._prefetcher.shutdown(cancel_futures=True)
+        self._hidden, self._prefetched = [], {}
+        if hasattr(self, "output"):
+            self.output.close()
+
+    # -- before any work ----------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the bytes of the result: the content key is the sha256 of this record."""
+        with self._timed("read"):
+            model_sha256 = self.source.digest()
+        return {
+            # the dataset is represented by the digest of its tokens, backend concerns loading only
+            "config": self.config.model_dump(exclude={"dataset", "backend"}),
+            "model_sha256": model_sha256,
+            "tokens_sha256": self.windows.digest,
+            "tokens": {"source": self.windows.source, "windows": self.windows.count, "of": self.windows.total_windows, "seqlen": self.windows.seqlen},
+            "versions": {
+                "gptq_core": format.code_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+                "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type, "machine": platform.machine(),
+            },
+        }  # fmt: skip
+
+    def _plan(self) -> dict[str, Any]:
+        """Which linears of every block are quantized, and which are left and why. Raises InputError where that is refused."""
+        text_config = architecture.load_config(self.source.folder)
+        if getattr(text_config, "quantization_config", None):
+            raise InputError(f"{self.source.folder}: this checkpoint is already quantized; give the original model")
+        missing = [
+            name
+            for name in self._block_tensor_names()
+            if architecture.source_name(self.decoder.model, name, self.source.__contains__) is None
+        ]
+        if missing:
+            raise InputError(f"{self.source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again")
+        quantized, left = [], {}
+        sizes: dict[str, tuple[int, int]] = {}
+        for index, block in enumerate(self.decoder.blocks):
+            for name, linear in architecture.linears_of(block).items():
+                full = f"{self.decoder.prefix}.{index}.{name}"
+                sizes[full] = (linear.in_features, linear.out_features)
+                reason = format.why_not_packable(linear.in_features, linear.out_features, self.config.group_size)
+                if reason:
+                    left[full] = reason
+                else:
+                    quantized.append(full)
+        if left and self.config.strict:
+            first = next(iter(left))
+            raise InputError(f"{first}: {left[first]}{_choices(sizes)}, or set quantization.strict: false to leave "
+                             f"{'it' if len(left) == 1 else f'these {len(left)} layers'} unquantized")  # fmt: skip
+        if not quantized:
+            raise InputError(f"{self.source.folder}: no linear of any decoder block can be quantized{_choices(sizes)}")
+        return {"blocks": self.block_count, "quantized": quantized, "left": left}
+
+    def _block_tensor_names(self) -> list[str]:
+        return [name for i, block in enumerate(self.decoder.blocks) for name in architecture.tensor_names(block, f"{self.decoder.prefix}.{i}")]
+
+    def _file(self, index: int) -> str:
+        """Blocks are the final shards 1 … n; the rest of the model is the last one."""
+        return f"model-{index + 1:05d}-of-{self.block_count + 1:05d}.safetensors"
+
+    # -- the work -----------------------------------------------------------------------------------------------------
+
+    def capture(self) -> dict[str, Any]:
+        """Run the model up to its first block on every calibration batch. Also the way back to the start after a failure."""
+        model, blocks = self.decoder.model, self.decoder.blocks
+        block_names = set(self._block_tensor_names())
+        outside = [n for n in architecture.tensor_names(model) if n not in block_names]
+        body = {n for n in outside if n.startswith(f"{model.base_model_prefix}.")}  # the head is not needed to reach the blocks
+        with self._timed("read"):
+            architecture.fill(model, "", self._read, self.device, self.dtype, skip=set(architecture.tensor_names(model)) - body)
+        batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // self.windows.seqlen)
+        batches = [b.to(self.device) for b in self.windows.tokens.split(batch)]
+        with self._timed("forward"):
+            as_tuple = self._probe_output_type(batches[0][:1])
+            self._hidden, self._calls = walk.capture(model.base_model, blocks, batches, as_tuple)
+        self._position = 0
+        for child in _outside(model, blocks):
+            architecture.empty(child)
+        return {"batches": len(batches), "tokens": self.windows.tokens.numel(), "hidden_size": self._hidden[0].shape[-1]}
+
+    def _probe_output_type(self, batch: Tensor) -> bool:
+        """Whether a block returns a tuple, seen by running the first one for real."""
+        first, seen = self.decoder.blocks[0], []
+
+        class Reached(Exception):
+            pass
+
+        def stop(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+            raise Reached
+
+        architecture.fill(first, f"{self.decoder.prefix}.0", self._read, self.device, self.dtype)
+        handle = first.register_forward_hook(stop)
+        try:
+            with torch.no_grad():
+                self.decoder.model.base_model(input_ids=batch, use_cache=False)
+        except Reached:
+            pass
+        finally:
+            handle.remove()
+            architecture.empty(first)
+        return seen[0]
+
+    def quantize_block(self, index: int) -> dict[str, Any]:
+        """Quantize one decoder block and commit it to disk, or replay it if that is already done.
+
+        Blocks go in order; after a failure the same call begins again from the first block, replaying what is on disk.
+        """
+        started = time.perf_counter()
+        if not self._calls or self._position > index:
+            self.capture()
+        while self._position < index:
+            self._advance(self._position)
+        record, resumed = self._advance(index)
+        return {"block": index, "resumed": resumed, "seconds": time.perf_counter() - started, "layers": record["layers"]}
+
+    def _advance(self, index: int) -> tuple[dict[str, Any], bool]:
+        if self._position != index:
+            raise CorruptCheckpointError(f"block {index} asked for while the activations stand before block {self._position}")
+        record = self.output.block(index)
+        if record and self._last_missing() < index:
+            self._position = index + 1  # nothing after this block needs its outputs
+            return record, True
+        block, path = self.decoder.blocks[index], f"{self.decoder.prefix}.{index}"
+        self._position = -1  # until this block is through, the activations belong to no block
+        try:
+            if record:
+                self._replay(index, block, path)
+                result = record, True
+            else:
+                result = self._quantize(index, block, path), False
+        except BaseException:
+            self._calls = []  # the next call starts from the capture
+            raise
+        finally:
+            architecture.empty(block)
+        self._position = index + 1
+        return result
+
+    def _last_missing(self) -> int:
+        done = {r["block"] for r in self.output.records if r["kind"] == "block"}
+        return max((i for i in range(self.block_count) if i not in done), default=-1)
+
+    def _replay(self, index: int, block: nn.Module, path: str) -> None:
+        stored = safetensors.torch.load_file(self.output.partial / self._file(index))
+
+        def read(name: str) -> Tensor:
+            stem = name.removesuffix(".weight")
+            if f"{stem}.qweight" not in stored:
+                return stored[name]
+            qweight, qzeros, scales, g_idx = (stored[f"{stem}.{leaf}"] for leaf in format.LEAVES)
+            zeros = unpack_zeros(qzeros, self.config.bits, self.config.format)
+            return grid.dequantize(unpack(qweight, self.config.bits), scales, zeros, g_idx, self.dtype)
+
+        with self._timed("read"):
+            architecture.fill(block, path, read, self.device, self.dtype)
+        with self._timed("forward"):
+            walk.run(block, self._hidden, self._calls[index])
+
+    def _quantize(self, index: int, block: nn.Module, path: str) -> dict[str, Any]:
+        with self._timed("read"):
+            tensors = self._prefetched.pop(index).result() if index in self._prefetched else self._read_block(index)
+            architecture.fill(block, path, tensors.__getitem__, self.device, self.dtype)
+        if index + 1 < self.block_count and index + 1 not in self._prefetched:
+            self._prefetched[index + 1] = self._prefetcher.submit(self._read_block, index + 1)
+        wanted = {n: m for n, m in architecture.linears_of(block).items() if f"{path}.{n}" not in self.plan["left"]}
+        with self._timed("forward"):
+            first = self._hidden[0][:1]
+            groups = walk.discover(block, wanted, first, self._call_for_one(index))
+        unreached = set(wanted) - {name for group in groups for name in group.names}
+        if unreached:
+            raise InputError(f"{path}.{min(unreached)}: a forward never reaches this linear, so it has no calibration inputs")
+        solutions: dict[str, solver.Solution] = {}
+        reports: dict[str, dict[str, Any]] = {}
+
+        def solve(group: walk.InputGroup, hessian: Hessian) -> None:
+            for name, solution, report in self._solve(path, group, wanted, hessian):
+                solutions[name], reports[name] = solution, report
+                wanted[name].weight.data = solution.weight(self.dtype)
+
+        before, started = sum(self.stage_seconds.values()), time.perf_counter()
+        walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential)
+        # what the walk did beside solving: forwards, and the products that feed the Hessians
+        self.stage_seconds["forward and hessian"] += time.perf_counter() - started - (sum(self.stage_seconds.values()) - before)
+        with self._timed("pack"):
+            shard: dict[str, Tensor] = {}
+            for name, tensor in tensors.items():
+                inner = name.removeprefix(f"{path}.").removesuffix(".weight")
+                if inner in solutions and name.endswith(".weight"):
+                    s = solutions[inner]
+                    shard |= format.packed_tensors(f"{path}.{inner}", s.codes, s.scales, s.zeros, s.g_idx, self.config)
+                else:
+                    # a quantized linear's bias is float16 on disk, everything else keeps its dtype
+                    owner = name.removeprefix(f"{path}.").removesuffix(".bias")
+                    shard[name] = tensor.half() if owner in solutions and name.endswith(".bias") else tensor
+        with self._timed("write"):
+            return self.output.write_shard(self._file(index), shard, {"kind": "block", "block": index, "layers": list(reports.values())})
+
+    def _call_for_one(self, index: int) -> walk.Call:
+        """The block's call for a batch of one, cut from that of a larger batch."""
+        size, call = next(iter(self._calls[index].items()))
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size:
+                return value[:1]
+            if isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] % size == 0:
+                return value[: value.shape[0] // size]  # heads of every batch row stacked, as alibi is
+            return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
+
+        return walk.Call(tuple(cut(v) for v in call.args), {k: cut(v) for k, v in call.kwargs.items()})
+
+    def _solve(
+        self, path: str, group: walk.InputGroup, linears: dict[str, nn.Linear], hessian: Hessian
+    ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
+        label = f"{path}.{'+'.join(group.names)}"
+        weights = torch.cat([linears[name].weight.float() for name in group.names])  # (out of all members, in)
+        fallback = None
+        try:
+            with self._timed("factor"):
+                factor = factorize(hessian.mean(), self.config, label)
+            with self._timed("sweep"):
+                solved = solver.solve(weights, factor, self.config)
+        except FactorizationError as error:
+            if self.config.on_failure != "round":
+                raise
+            factor, fallback = None, str(error)
+            solved = solver.round_to_nearest(weights, self.config)
+        start = 0
+        for name in group.names:
+            stop = start + linears[name].out_features
+            part = solved.rows(start, stop)
+            if not torch.isfinite(part.scales).all():
+                raise FactorizationError(f"{path}.{name}: scales are not finite; its weights are not finite or exceed float16")
+            yield name, part, {
+                "name": f"{path}.{name}",
+                "bits": self.config.bits,
+                "group_size": self.config.group_size,
+                "in_features": group.in_features,
+                "out_features": stop - start,
+                "loss": float(part.loss.double().sum()),
+                "relative_error": _relative_error(weights[start:stop], part.loss, factor),
+                "tokens": hessian.tokens,
+                "damp_percent": factor.damp_percent if factor else self.config.damp_percent,
+                "failed_attempts": factor.failed_attempts if factor else None,
+                "fallback": fallback,
+            }
+            start = stop
+
+    def assemble(self) -> dict[str, Any]:
+        """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
+        if self.finished:
+            return self.output.records[-1]["summary"] | self._published()
+        with self._timed("write"):
+            model = self.decoder.model
+            block_names = set(self._block_tensor_names())
+            rest: dict[str, Tensor] = {}
+            used: set[str] = set()
+            for name in architecture.tensor_names(model):
+                found = architecture.source_name(model, name, self.source.__contains__)
+                if found:
+                    used.add(found)
+                    if name not in block_names:
+                        rest[name] = self.source.read(found)
+            self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest"})
+            records = [r for r in self.output.records if "file" in r]
+            weight_map = {tensor: r["file"] for r in records for tensor in r["tensors"]}
+            size = sum(sum(r["files"].values()) for r in records)
+            self.output.write_text(INDEX, _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}))
+            self._write_json()
+            for path in sorted({p for pattern in CARRIED for p in self.source.folder.glob(pattern) if p.is_file()}):
+                self.output.copy(path)
+            summary = self._summary(size, sorted(set(self.source.names) - used))
+            self.output.write_text("README.md", card.render(self.output.out.name, self._details(summary), None))
+            self.output.publish(summary)
+        return summary | self._published()
+
+    def _write_json(self) -> None:
+        config = json.loads((self.source.folder / "config.json").read_text())
+        inner = list(architecture.linears_of(self.decoder.blocks[0]))
+        partly = [n for n in inner if f"{self.decoder.prefix}.0.{n}" not in self.plan["left"]] if self.plan["left"] else None
+        quantization = format.quantization_config(self.config, partly)
+        config.pop("_name_or_path", None)
+        config.setdefault("architectures", [type(self.decoder.model).__name__])
+        self.output.write_text("config.json", _json(config | {"quantization_config": quantization}))
+        self.output.write_text("quantize_config.json", _json(quantization))
+
+    def _summary(self, size: int, unused: list[str]) -> dict[str, Any]:
+        layers = [layer for r in self.output.records if r["kind"] == "block" for layer in r["layers"]]
+        weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
+        bits = sum(_bits_on_disk(layer) for layer in layers)
+        return {
+            "bytes": size,
+            "original_bytes": self.source.bytes(),
+            "bits_per_weight": bits / weights,
+            "quantized_layers": len(layers),
+            "fallback_layers": [layer["name"] for layer in layers if layer["fallback"]],
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.plan["left"].items()],
+            "unused_source_tensors": unused,
+        }
+
+    def _details(self, summary: dict[str, Any]) -> dict[str, Any]:
+        return self.output.records[0] | {"summary": summary, "model_type": self.decoder.model.config.model_type}
+
+    def _published(self) -> dict[str, Any]:
+        manifest = (self.output.out / "manifest.jsonl").read_bytes()
+        return {"path": str(self.output.out), "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+
+    # -- reading and timing -------------------------------------------------------------------------------------------
+
+    def _read(self, name: str) -> Tensor:
+        found = architecture.source_name(self.decoder.model, name, self.source.__contains__)
+        return self.source.read(found or name)
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        return {name: self._read(name) for name in architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")}
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stage_seconds[stage] += time.perf_counter() - started
+
+
+def _outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """Modules that own tensors outside the decoder blocks."""
+    inside = {id(m) for m in blocks.modules()}
+    for module in model.modules():
+        if id(module) not in inside and not any(True for _ in module.children()):
+            yield module
+
+
+def _relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float | None:
+    """Loss over output power, w(H + λI)wᵀ, on evenly spaced rows."""
+    if factor is None:
+        return None
+    rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // POWER_ROWS), device=weight.device)
+    power = (weight[rows][:, factor.order] @ factor.upper).square().sum()
+    return float(loss[rows].double().sum() / power.double())
+
+
+def _bits_on_disk(layer: dict[str, Any]) -> int:
+    """Bits of the packed tensors of one layer, scales, zeros and g_idx included."""
+    columns, out, bits = layer["in_features"], layer["out_features"], layer["bits"]
+    groups = 1 if layer["group_size"] == -1 else columns // layer["group_size"]
+    return columns * out * bits + groups * out * (16 + bits) + columns * 32
+
+
+def _choices(sizes: dict[str, tuple[int, int]]) -> str:
+    """Group sizes that divide every layer that can be packed at all, as a phrase."""
+    columns = [i for i, o in sizes.values() if format.why_not_packable(i, o, -1) is None]
+    common = math.gcd(*columns) if columns else 0
+    fitting = [str(size) for size in (16, 32, 64, 128, 256, 512, 1024) if common and common % size == 0]
+    if not fitting:
+        return ""
+    return f"; group sizes that fit{'' if len(columns) == len(sizes) else ' the other layers'}: {', '.join(fitting)} or -1"
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def write_card(checkpoint: Path, evaluation: dict[str, Any] | None) -> None:
+    """Write the model card of a finished checkpoint again, with the numbers of its evaluation."""
+    card.rewrite(checkpoint, evaluation)

@@ -1,0 +1,107 @@
+"""Perplexity and KL per token, on a checkpoint as it is read back from disk.
+
+Perplexity as the papers do: non-overlapping windows, mean negative log-likelihood over the targets inside each. KL is
+KL(original ‖ quantized) of the next-token distributions, mean over the same positions. Logits of a few windows at a time are
+turned to log-probabilities in float32; the size text × vocabulary is never held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gptq_core.architecture import choose_device, choose_dtype, load_config
+from gptq_core.calibration import Windows
+from gptq_core.checkpoint.reader import Checkpoint, resolve
+from gptq_core.errors import CorruptCheckpointError
+from gptq_core.linear import load_quantized
+
+LOGITS_AT_ONCE = 2**25
+"""Logits of one forward, tokens × vocabulary, above which a batch is a single window: 128 MiB in float32."""
+
+Progress = Callable[[int, int], None]
+
+
+def load_for_evaluation(path: str, device: str = "auto", revision: str | None = None) -> PreTrainedModel:
+    """A dense model or a quantized checkpoint, ready to run: float32 on the CPU, the model's own dtype on a GPU."""
+    folder, target = resolve(path, revision), choose_device(device)
+    config = load_config(folder)
+    dtype = choose_dtype("auto", config, target)
+    if getattr(config, "quantization_config", None):
+        return load_quantized(folder, dtype=dtype, device=target)
+    Checkpoint(folder)  # refuses pickle weights with a reason before transformers would load them
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        # transformers would go on with random numbers in their place
+        raise CorruptCheckpointError(f"{folder}: tensors are missing, the first is {sorted(report['missing_keys'])[0]!r}")
+    return model.to(target).eval()
+
+
+def evaluate_one(model_path: str, windows: Windows, *, device: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
+    """{"perplexity", "tokens"} of one model, dense or quantized."""
+    model = load_for_evaluation(model_path, device)
+    nll, count = 0.0, 0
+    for batch in _batches(windows, model, progress):
+        targets = batch[:, 1:].flatten()
+        nll -= _log_probabilities(model, batch).gather(-1, targets[:, None]).double().sum().item()
+        count += targets.numel()
+    return {"perplexity": math.exp(nll / count), "tokens": count}
+
+
+def evaluate_pair(
+    original_path: str,
+    checkpoint: str,
+    windows: Windows,
+    *,
+    kl: bool = True,
+    revision: str | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token and top-1 agreement.
+
+    kl and top1_agreement are None with `kl=False`.
+    """
+    models = [load_for_evaluation(original_path, device, revision), load_for_evaluation(checkpoint, device)]
+    nll, divergence, agreed, count = [0.0, 0.0], 0.0, 0, 0
+    for batch in _batches(windows, models[0], progress):
+        targets = batch[:, 1:].flatten()
+        original, quantized = (_log_probabilities(model, batch) for model in models)
+        for index, log_probabilities in enumerate((original, quantized)):
+            nll[index] -= log_probabilities.gather(-1, targets[:, None]).double().sum().item()
+        if kl:
+            divergence += (original.exp() * (original - quantized)).sum(-1).double().sum().item()
+            agreed += int((original.argmax(-1) == quantized.argmax(-1)).sum())
+        count += targets.numel()
+    return {
+        "original_perplexity": math.exp(nll[0] / count),
+        "quantized_perplexity": math.exp(nll[1] / count),
+        "kl": divergence / count if kl else None,
+        "top1_agreement": agreed / count if kl else None,
+        "tokens": count,
+        "windows": windows.count,
+    }
+
+
+def _batches(windows: Windows, model: PreTrainedModel, progress: Progress | None):
+    device, done = next(model.parameters()).device, 0
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    for batch in windows.tokens.split(max(1, LOGITS_AT_ONCE // (vocabulary * windows.seqlen))):
+        yield batch.to(device)
+        done += batch.shape[0]
+        if progress:
+            progress(done, windows.count)
+
+
+@torch.no_grad()
+def _log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """(positions, vocabulary) in float32: the model's own logits, so that scaling and capping of any kind are in them."""
+    return torch.log_softmax(model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float(), -1)

@@ -1,0 +1,97 @@
+"""Run a packed checkpoint in plain torch: QuantizedLinear and load_quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gptq_core import architecture, grid
+from gptq_core.checkpoint.format import read_quantization_config
+from gptq_core.checkpoint.packing import unpack, unpack_zeros
+from gptq_core.checkpoint.reader import Checkpoint
+from gptq_core.errors import CorruptCheckpointError
+
+
+class QuantizedLinear(nn.Module):
+    """A linear that runs from its packed tensors; the weight exists only during a forward, in the dtype of the input."""
+
+    def __init__(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bias: Tensor | None, bits: int, format: str) -> None:
+        super().__init__()
+        self.bits, self.format = bits, format
+        self.in_features, self.out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
+        for name, tensor in {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}.items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        # scales are exact in float16 and nowhere coarser: `.to(bfloat16)` on the model must not round them
+        exact = self.scales
+        super()._apply(fn, recurse)
+        self.scales = exact.to(self.scales.device)
+        return self
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight (out, in)."""
+        codes, zeros = unpack(self.qweight, self.bits), unpack_zeros(self.qzeros, self.bits, self.format)
+        return grid.dequantize(codes, self.scales, zeros, self.g_idx, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight_in(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, groups={self.scales.shape[0]}"
+
+
+def load_quantized(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> PreTrainedModel:
+    """A transformers model whose quantized linears run from the packed tensors in plain torch.
+
+    dtype: of everything else and of the arithmetic; None is float32 on the CPU, where it costs nothing in accuracy, and the
+    checkpoint's own dtype elsewhere. device: None is the CPU. Reads `gptq` and `gptq_v2`, with or without g_idx, whoever wrote
+    them. Raises InputError for a folder that is not a GPTQ checkpoint, CorruptCheckpointError for one that contradicts itself.
+    """
+    folder = Path(path)
+    quantization = read_quantization_config(folder)
+    target = torch.device(device or "cpu")
+    source = Checkpoint(folder)
+    config = architecture.load_config(folder)
+    if dtype is None:
+        dtype = torch.float32 if target.type == "cpu" else (config.dtype or torch.float16)
+    del config.quantization_config  # transformers would otherwise look for kernels of its own
+    model = architecture.empty_model(config, dtype)
+
+    def locate(name: str) -> str | None:
+        return architecture.source_name(model, name, source.__contains__)
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and locate(f"{name}.qweight"):
+            model.set_submodule(name, _packed_linear(source, locate, name, quantization, module, target))
+    packed = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, QuantizedLinear) for leaf in m.state_dict()}
+    absent = {name for name in architecture.tensor_names(model) if name not in packed and locate(name) is None}
+    architecture.fill(model, "", lambda name: source.read(locate(name)), target, dtype, skip=packed | absent)
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise CorruptCheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    return model
+
+
+def _packed_linear(source: Checkpoint, locate, name: str, quantization: dict, linear: nn.Linear, device: torch.device) -> QuantizedLinear:
+    def read(leaf: str) -> Tensor | None:
+        found = locate(f"{name}.{leaf}")
+        return None if found is None else source.read(found).to(device)
+
+    qweight, qzeros, scales, g_idx = (read(leaf) for leaf in ("qweight", "qzeros", "scales", "g_idx"))
+    # the words tell the width of this layer, also where a checkpoint mixes widths
+    bits = qweight.shape[0] * 32 // linear.in_features
+    if g_idx is None:
+        g_idx = torch.arange(linear.in_features, dtype=torch.int32, device=device) // (linear.in_features // scales.shape[0])
+    if bits not in (2, 3, 4, 8) or qweight.shape[1] != linear.out_features or g_idx.numel() != linear.in_features:
+        raise CorruptCheckpointError(f"{name}: qweight {tuple(qweight.shape)} and g_idx {tuple(g_idx.shape)} do not fit a linear "
+                                     f"of {linear.in_features} inputs and {linear.out_features} outputs")  # fmt: skip
+    # some writers count groups from the end with negative indices
+    g_idx = torch.where(g_idx < 0, g_idx + scales.shape[0], g_idx)
+    format = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    return QuantizedLinear(qweight, qzeros, scales, g_idx, read("bias"), bits, format)
