@@ -302,6 +302,8 @@ class Quantization:
             for name, solution, report in self._solve(path, group, wanted, hessian):
                 solutions[name], reports[name] = solution, report
                 wanted[name].weight.data = solution.weight(self.dtype)
+                if wanted[name].bias is not None:  # float16 on disk: what follows must see what a consumer will compute
+                    wanted[name].bias.data = wanted[name].bias.half().to(self.dtype)
 
         before, started = sum(self.stage_seconds.values()), time.perf_counter()
         walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential)

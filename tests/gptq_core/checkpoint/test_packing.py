@@ -1,0 +1,55 @@
+"""The golden words of the format, and round trips against a bit-by-bit oracle."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import slow_pack
+
+from gptq_core.checkpoint.packing import pack, pack_zeros, unpack, unpack_zeros
+
+GOLDEN_COUNTING = {
+    2: "E4E4E4E4 E4E4E4E4",
+    3: "88FAC688 C688FAC6 FAC688FA",
+    4: "76543210 FEDCBA98 76543210 FEDCBA98",
+    8: "03020100 07060504 0B0A0908 0F0E0D0C 13121110 17161514 1B1A1918 1F1E1D1C",
+}
+GOLDEN_SYMMETRIC = {
+    ("gptq_v2", 2): "AAAAAAAA", ("gptq_v2", 3): "24924924 49249249 92492492", ("gptq_v2", 4): "88888888", ("gptq_v2", 8): "80808080",
+    ("gptq", 2): "55555555", ("gptq", 3): "DB6DB6DB B6DB6DB6 6DB6DB6D", ("gptq", 4): "77777777", ("gptq", 8): "7F7F7F7F",
+}  # fmt: skip
+
+
+def hexadecimal(words: torch.Tensor) -> str:
+    return " ".join(f"{w & 0xFFFFFFFF:08X}" for w in words.tolist())
+
+
+@pytest.mark.parametrize("bits", GOLDEN_COUNTING)
+def test_golden_counting_codes(bits):
+    codes = (torch.arange(32) % 2**bits).to(torch.uint8).unsqueeze(1)
+    assert hexadecimal(pack(codes, bits)[:, 0]) == GOLDEN_COUNTING[bits]
+
+
+@pytest.mark.parametrize(("format", "bits"), GOLDEN_SYMMETRIC)
+def test_golden_symmetric_zeros(format, bits):
+    zeros = torch.full((1, 32), 2 ** (bits - 1), dtype=torch.uint8)
+    words = pack_zeros(zeros, bits, format)[0]
+    pattern = GOLDEN_SYMMETRIC[format, bits].split()
+    assert hexadecimal(words) == " ".join(pattern * (len(words) // len(pattern)))
+    assert torch.equal(unpack_zeros(words.unsqueeze(0), bits, format), zeros)
+
+
+@settings(deadline=None, max_examples=60)
+@given(bits=st.sampled_from([2, 3, 4, 8]), units=st.integers(1, 4), columns=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_round_trip_and_oracle(bits, units, columns, seed):
+    codes = torch.randint(0, 2**bits, (32 * units, columns), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    words = pack(codes, bits)
+    assert words.dtype == torch.int32
+    assert words.shape == (units * bits, columns)
+    assert torch.equal(words, slow_pack(codes, bits))
+    assert torch.equal(unpack(words, bits), codes)
+
+
+def test_v1_refuses_a_zero_point_of_zero():
+    with pytest.raises(AssertionError, match="zero point of 0"):
+        pack_zeros(torch.zeros(1, 32, dtype=torch.uint8), 4, "gptq")

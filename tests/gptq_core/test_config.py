@@ -1,0 +1,55 @@
+import pytest
+from pydantic import ValidationError
+
+from gptq_core.config import QuantizeConfig, explain
+
+
+def test_defaults_are_the_reference_schema():
+    config = QuantizeConfig(bits=4)
+    assert config.model_dump(include={"group_size", "damp_percent", "desc_act", "act_group_aware", "sym", "true_sequential", "format", "backend"}) == {
+        "group_size": 128, "damp_percent": 0.1, "desc_act": False, "act_group_aware": True, "sym": True, "true_sequential": True,
+        "format": "gptq", "backend": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "bits is required"),
+        ({"bits": 5}, "bits = 5"),
+        ({"bits": 4, "group_size": 0}, "group_size = 0"),
+        ({"bits": 4, "group_size": -2}, "group_size = -2"),
+        ({"bits": 4, "damp_percent": 0}, "damp_percent = 0"),
+        ({"bits": 4, "damp_percent": 1}, "damp_percent = 1"),
+        ({"bits": 4, "format": "awq"}, "format = 'awq'"),
+        ({"bits": 4, "backend": "marlin"}, "backend = 'marlin'"),
+        ({"bits": 4, "desc_act": True, "act_group_aware": True}, "act_group_aware: true works only with desc_act: false"),
+        ({"bits": 4, "static_groups": True, "desc_act": True}, "static_groups: true excludes desc_act"),
+        ({"bits": 4, "static_groups": True, "act_group_aware": True}, "static_groups: true excludes act_group_aware"),
+        ({"bits": 4, "activation_order": True}, "works only with static_groups"),
+        ({"bits": 4, "goup_size": 64}, "did you mean 'group_size'"),
+    ],
+)
+def test_refused_in_one_line(fields, says):
+    with pytest.raises(ValidationError) as caught:
+        QuantizeConfig(**fields)
+    line = explain(caught.value)
+    assert says in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("fields", [{"desc_act": True}, {"static_groups": True}, {"group_size": -1}, {"desc_act": True, "group_size": -1}])
+def test_the_default_gives_way_and_the_result_survives_a_round_trip(fields):
+    config = QuantizeConfig(bits=4, **fields)
+    assert config.act_group_aware == ("group_size" in fields and len(fields) == 1)
+    assert QuantizeConfig(**config.model_dump()) == config
+
+
+def test_static_groups_bring_activation_order_unless_told():
+    assert QuantizeConfig(bits=4, static_groups=True).activation_order
+    assert not QuantizeConfig(bits=4, static_groups=True, activation_order=False).activation_order
+
+
+def test_frozen():
+    with pytest.raises(ValidationError):
+        QuantizeConfig(bits=4).bits = 3

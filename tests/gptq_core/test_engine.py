@@ -1,0 +1,298 @@
+"""The engine end to end on tiny models: files, refusals, resuming after kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, bytes_of, dense_twin, logits, quantize, save_model, windows
+
+from gptq_core import Quantization, QuantizeConfig, load_quantized
+from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError, OutputHeldError
+
+W4 = QuantizeConfig(bits=4, group_size=32)
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name not in ("gpt2", "mixtral")])
+@pytest.mark.parametrize(
+    "config",
+    [QuantizeConfig(bits=4, group_size=32), QuantizeConfig(bits=3, group_size=-1, sym=False, format="gptq_v2", desc_act=True)],
+    ids=["w4", "w3_asym_v2_desc_act"],
+)
+def test_load_quantized_gives_the_logits_of_the_dequantized_weights(architecture, config, tmp_path):
+    model = save_model(architecture, tmp_path / "model")
+    quantize(model, tmp_path / "out", config)
+    quantized = load_quantized(tmp_path / "out")
+    twin = dense_twin(model, quantized)
+    torch.testing.assert_close(logits(quantized, windows().tokens), logits(twin, windows().tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("fields", [{}, {"sym": False}, {"desc_act": True}, {"static_groups": True}, {"act_group_aware": False}], ids=str)
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+def test_files_say_what_the_walk_computed(bits, fields, format, tmp_path):
+    """The last block's output during the walk equals that of the packed files, for every layout."""
+    model = save_model("llama", tmp_path / "model")
+    result = quantize(model, tmp_path / "out", QuantizeConfig(bits=bits, group_size=16, format=format, **fields))
+    quantized = load_quantized(tmp_path / "out")
+    seen = []
+    quantized.model.layers[-1].register_forward_hook(lambda _m, _a, output: seen.append(output))
+    logits(quantized, windows().tokens)
+    torch.testing.assert_close(result["hidden"], seen[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_folder(tmp_path):
+    model = save_model("qwen2_tied_with_bias", tmp_path / "model")
+    (model / "tokenizer_config.json").write_text("{}")
+    summary = quantize(model, tmp_path / "out", W4)
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    quantization = json.loads((out / "quantize_config.json").read_text())
+    assert config.pop("quantization_config") == quantization
+    assert config == json.loads((model / "config.json").read_text())
+    expected = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "format": "gptq", "checkpoint_format": "gptq"}
+    assert expected.items() <= quantization.items()
+    assert "dataset" not in quantization
+    assert "modules_in_block_to_quantize" not in quantization
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    held = {}
+    for shard in set(index["weight_map"].values()):
+        with safe_open(out / shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            held |= {name: shard for name in file.keys()}
+    assert held == index["weight_map"]
+    tensors = {name: load_file(out / shard)[name] for name, shard in held.items()}
+    stem = "model.layers.1.mlp.down_proj"
+    assert f"{stem}.weight" not in tensors
+    assert {leaf: (tensors[f"{stem}.{leaf}"].dtype, tuple(tensors[f"{stem}.{leaf}"].shape)) for leaf in ("qweight", "qzeros", "scales", "g_idx")} == {
+        "qweight": (torch.int32, (16, 64)), "qzeros": (torch.int32, (4, 8)), "scales": (torch.float16, (4, 64)), "g_idx": (torch.int32, (128,)),
+    }  # fmt: skip
+    assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == torch.float16
+    assert tensors[f"{stem}.g_idx"].tolist() == [k // 32 for k in range(128)]
+    original = load_file(model / "model.safetensors")
+    assert torch.equal(tensors["model.norm.weight"], original["model.norm.weight"])
+    assert "lm_head.weight" not in tensors  # tied
+    assert (out / "tokenizer_config.json").read_text() == "{}"
+    assert (out / "model-00001-of-00003.safetensors").stat().st_mode & 0o777 == 0o644
+    assert summary["bytes"] == sum((out / shard).stat().st_size for shard in set(held.values()))
+    assert str(tmp_path) not in "".join(p.read_text() for p in out.iterdir() if p.suffix != ".safetensors")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_reported_loss_is_measured_on_what_is_written(tmp_path):
+    """relative_error against an independent computation from the layer's real inputs."""
+    model = save_model("llama", tmp_path / "model")
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        record = run.quantize_block(0)
+        run.quantize_block(1)
+        run.assemble()
+    layer = next(item for item in record["layers"] if item["name"].endswith("0.self_attn.q_proj"))
+    quantized = load_quantized(tmp_path / "out")
+    twin = dense_twin(model, quantized)
+    inputs = []
+    twin.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    logits(twin, windows().tokens)
+    x = inputs[0].flatten(0, 1).double()
+    damped = x.T @ x / x.shape[0]
+    damped += 0.1 * damped.diagonal().mean() * torch.eye(64)
+    original = load_file(model / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].double()
+    error = original - quantized.model.layers[0].self_attn.q_proj.weight_in(torch.float64)
+    loss = float(((error @ damped) * error).sum())
+    assert layer["loss"] == pytest.approx(loss, rel=1e-3)
+    assert layer["relative_error"] == pytest.approx(loss / float(((original @ damped) * original).sum()), rel=1e-3)
+    assert layer["tokens"] == windows().tokens.numel()
+
+
+# -- durable work ---------------------------------------------------------------------------------------------------------
+
+KILLED = textwrap.dedent("""
+    import os, signal, sys
+    from pathlib import Path
+    from tiny import windows
+    from gptq_core import Quantization, QuantizeConfig
+    from gptq_core.checkpoint import writer
+    model, out, block, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    run = Quantization.open(str(model), QuantizeConfig(bits=4, group_size=32), windows(), out, device="cpu")
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "before the rename":
+        rename = os.rename
+        writer.os.rename = lambda a, b: die() if f"model-{block + 1:05d}" in str(b) else rename(a, b)
+    elif moment == "before the manifest line":
+        append = run.output._append
+        run.output._append = lambda record: die() if record.get("block") == block else append(record)
+    else:
+        solve = run._solve
+        run._solve = lambda path, *rest: die() if path.endswith(f".{block}") else solve(path, *rest)
+    for index in range(run.block_count):
+        run.quantize_block(index)
+    run.assemble()
+""")
+
+
+@pytest.mark.parametrize("moment", ["in the sweep", "before the rename", "before the manifest line"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_kill_and_resume_gives_the_same_bytes(block, moment, tmp_path):
+    model = save_model("qwen2_tied_with_bias", tmp_path / "model")
+    quantize(model, tmp_path / "whole" / "out", W4)
+    out = tmp_path / "killed" / "out"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.run([sys.executable, "-c", KILLED, model, out, str(block), moment], env=env, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert not out.exists()
+    with Quantization.open(str(model), W4, windows(), out, device="cpu") as run:
+        resumed = [run.quantize_block(index)["resumed"] for index in range(2)]
+        run.assemble()
+    assert resumed == [block > 0, False]
+    assert bytes_of(out) == bytes_of(tmp_path / "whole" / "out")
+
+
+def test_a_damaged_block_file_is_done_again(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    quantize(model, tmp_path / "whole" / "out", W4)
+    out = tmp_path / "damaged" / "out"
+    with Quantization.open(str(model), W4, windows(), out, device="cpu") as run:
+        run.quantize_block(0)
+        run.quantize_block(1)
+    shard = tmp_path / "damaged" / "out.partial" / "model-00001-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with Quantization.open(str(model), W4, windows(), out, device="cpu") as run:
+        assert [run.quantize_block(index)["resumed"] for index in range(2)] == [False, True]
+        run.assemble()
+    assert bytes_of(out) == bytes_of(tmp_path / "whole" / "out")
+
+
+def test_a_failure_inside_a_block_can_be_retried(tmp_path, monkeypatch):
+    model = save_model("llama", tmp_path / "model")
+    quantize(model, tmp_path / "whole" / "out", W4)
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        run.quantize_block(0)
+        monkeypatch.setattr(run, "_solve", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        with pytest.raises(OSError, match="the disk is full"):
+            run.quantize_block(1)
+        monkeypatch.undo()
+        assert run.quantize_block(1)["resumed"] is False
+        run.assemble()
+    whole, retried = bytes_of(tmp_path / "whole" / "out"), bytes_of(tmp_path / "out")
+    assert whole == retried
+
+
+def test_unchanged_work_is_not_done_twice_and_other_work_is_not_overwritten(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    summary = quantize(model, tmp_path / "out", W4)
+    del summary["hidden"]
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        assert run.finished
+        assert run.assemble() == summary
+    other = QuantizeConfig(bits=3, group_size=32)
+    with pytest.raises(InputError, match="bits 4 there, 3 asked for"):
+        Quantization.open(str(model), other, windows(), tmp_path / "out", device="cpu")
+    with pytest.raises(InputError, match="another calibration text"):
+        Quantization.open(str(model), W4, windows(seed=5), tmp_path / "out", device="cpu")
+    with Quantization.open(str(model), other, windows(), tmp_path / "out", device="cpu", overwrite=True) as run:
+        run.quantize_block(0)
+        assert load_quantized(tmp_path / "out").model.layers[0].mlp.up_proj.bits == 4  # the old one stands until the new is whole
+        run.quantize_block(1)
+        run.assemble()
+    assert load_quantized(tmp_path / "out").model.layers[0].mlp.up_proj.bits == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "out.lock"]
+
+
+def test_unfinished_work_of_another_config_is_not_thrown_away(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        run.quantize_block(0)
+    with pytest.raises(InputError, match=r"1 finished blocks of another run \(bits 4 there, 2 asked for\)"):
+        Quantization.open(str(model), QuantizeConfig(bits=2, group_size=32), windows(), tmp_path / "out", device="cpu")
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        assert run.quantize_block(0)["resumed"]
+
+
+def test_a_finished_folder_with_a_missing_file_is_noticed(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    quantize(model, tmp_path / "out", W4)
+    (tmp_path / "out" / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CorruptCheckpointError, match="model-00002-of-00003"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+
+
+def test_the_output_is_held(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu"), pytest.raises(OutputHeldError, match=str(os.getpid())):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_group_size_that_does_not_divide(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_proj: group_size 128 does not divide in 64.*16, 32, 64 or -1.*strict"):
+        Quantization.open(str(model), QuantizeConfig(bits=4), windows(), tmp_path / "out", device="cpu")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_not_strict_leaves_what_cannot_be_packed_and_says_so(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    config = QuantizeConfig(bits=4, group_size=128, strict=False)
+    summary = quantize(model, tmp_path / "out", config)
+    assert summary["quantized_layers"] == 2
+    assert {"name": "model.layers.0.mlp.up_proj", "reason": "group_size 128 does not divide in 64"} in summary["skipped"]
+    quantized = load_quantized(tmp_path / "out")
+    assert isinstance(quantized.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    torch.testing.assert_close(logits(quantized, windows().tokens), logits(dense_twin(model, quantized), windows().tokens))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_in_block_to_quantize"] == [["mlp.down_proj"]]
+
+
+def test_pickle_weights_missing_tensors_and_quantized_sources(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    gone = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+    save_file(tensors | {"model.layers.1.mlp.up_proj.weight": gone[:32].contiguous()}, weights, {"format": "pt"})
+    with (
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run,
+        pytest.raises(CorruptCheckpointError, match=r"shape \(32, 64\) on disk, \(128, 64\) expected"),
+    ):
+        run.quantize_block(1)
+    weights.rename(model / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+    other = save_model("llama", tmp_path / "other")
+    quantize(other, tmp_path / "quantized", W4)
+    with pytest.raises(InputError, match="already quantized"):
+        Quantization.open(str(tmp_path / "quantized"), W4, windows(), tmp_path / "out2", device="cpu")
+
+
+@pytest.mark.parametrize("on_failure", ["error", "round"])
+def test_a_layer_without_a_usable_hessian(on_failure, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()  # nothing reaches down_proj: its Hessian is zero
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config = QuantizeConfig(bits=4, group_size=32, on_failure=on_failure)
+    if on_failure == "error":
+        with pytest.raises(FactorizationError, match=r"model\.layers\.1\.mlp\.down_proj"):
+            quantize(model, tmp_path / "out", config)
+    else:
+        assert quantize(model, tmp_path / "out", config)["fallback_layers"] == ["model.layers.1.mlp.down_proj"]
+
+
+def test_names_without_the_base_prefix_are_found(tmp_path):
+    """Some checkpoints (BLOOM's own) store the tensors of the base model."""
+    model = save_model("bloom", tmp_path / "model")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    quantize(model, tmp_path / "out", W4)
+    quantized = load_quantized(tmp_path / "out")
+    torch.testing.assert_close(logits(quantized, windows().tokens), logits(dense_twin(model, quantized), windows().tokens), rtol=1e-4, atol=1e-4)

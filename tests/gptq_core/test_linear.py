@@ -1,0 +1,32 @@
+import pytest
+import torch
+from tiny import logits, quantize, save_model, windows
+
+from gptq_core import QuantizeConfig, QuantizedLinear, load_quantized
+from gptq_core.errors import InputError
+
+
+def test_scales_stay_float16_whatever_the_model_is_cast_to(tmp_path):
+    quantize(save_model("llama", tmp_path / "model"), tmp_path / "out", QuantizeConfig(bits=4, group_size=32))
+    model = load_quantized(tmp_path / "out")
+    before = logits(model, windows().tokens)
+    assert torch.equal(logits(model.to(torch.bfloat16).to(torch.float32), windows().tokens), before) is False  # norms did round
+    fresh = load_quantized(tmp_path / "out")
+    layer, recast = fresh.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, QuantizedLinear)
+    assert recast.scales.dtype == torch.float16
+    assert torch.equal(recast.weight_in(torch.float32), layer.weight_in(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_of_the_arithmetic(dtype, tmp_path):
+    quantize(save_model("llama", tmp_path / "model"), tmp_path / "out", QuantizeConfig(bits=4, group_size=32))
+    model = load_quantized(tmp_path / "out", dtype=dtype)
+    found = logits(model, windows().tokens)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), logits(load_quantized(tmp_path / "out"), windows().tokens), rtol=0.05, atol=0.02)
+
+
+def test_a_dense_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not a GPTQ checkpoint"):
+        load_quantized(save_model("llama", tmp_path / "model"))

@@ -1,0 +1,124 @@
+"""The staged forward: what it computes, in what order, and how often."""
+
+import pytest
+import torch
+from tiny import CONFIGS, quantize, save_model, windows
+from torch import nn
+
+from gptq_core import QuantizeConfig, load_quantized, walk
+from gptq_core.architecture import empty_model, find_decoder
+from gptq_core.engine import Quantization
+
+DENSE = [name for name in CONFIGS if name not in ("gpt2", "mixtral")]
+
+
+@pytest.mark.parametrize("architecture", DENSE)
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_outputs_equal_a_full_forward_of_the_quantized_model(architecture, true_sequential, tmp_path):
+    model = save_model(architecture, tmp_path / "model")
+    config = QuantizeConfig(bits=4, group_size=32, sym=False, true_sequential=true_sequential)
+    result = quantize(model, tmp_path / "out", config)
+    quantized = load_quantized(tmp_path / "out")
+    last = find_decoder(quantized).blocks[-1]
+    seen = []
+    last.register_forward_hook(lambda _m, _a, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    with torch.no_grad():
+        quantized(input_ids=windows().tokens, use_cache=False)
+    torch.testing.assert_close(result["hidden"], seen[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("true_sequential", "expected"), [(True, 1), (False, 2)])
+def test_forwards_per_block(true_sequential, expected, tmp_path, monkeypatch):
+    """One pass of every batch (two without true_sequential), and one probe of a single window."""
+    model = save_model("llama", tmp_path / "model")
+    calls: list[tuple[int, int]] = []
+    original = walk.Call.__call__
+
+    def counted(self, block, hidden):
+        calls.append((id(block), hidden.shape[0]))
+        return original(self, block, hidden)
+
+    monkeypatch.setattr(walk.Call, "__call__", counted)
+    monkeypatch.setattr("gptq_core.engine.TOKENS_PER_FORWARD", {"cpu": 64, "cuda": 64})  # three batches of two windows
+    quantize(model, tmp_path / "out", QuantizeConfig(bits=4, group_size=32, true_sequential=true_sequential))
+    full = [block for block, size in calls if size == 2]
+    assert len(full) == expected * 3 * 2
+    assert len([1 for _, size in calls if size == 1]) == 2
+
+
+def test_groups_are_found_in_call_order(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    with Quantization.open(str(model), QuantizeConfig(bits=4, group_size=32), windows(), tmp_path / "out", device="cpu") as run:
+        found = []
+        original = run._solve
+        run._solve = lambda path, group, *rest: (found.append(group.names), original(path, group, *rest))[1]
+        run.quantize_block(0)
+    assert found == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ]
+
+
+class Routed(nn.Module):
+    """Two linears of which each batch reaches only one, then a shared one."""
+
+    def __init__(self):
+        super().__init__()
+        self.even, self.odd, self.last = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.last(self.even(x) if x[0, 0, 0] > 0 else self.odd(x))
+
+
+def test_a_batch_counts_only_where_it_goes():
+    block = Routed()
+    linears = dict(block.named_modules())
+    linears.pop("")
+    hidden = [torch.full((1, 4, 8), sign) for sign in (1.0, -1.0, 2.0)]
+    groups = [walk.InputGroup((name,), 8) for name in ("even", "odd", "last")]
+    seen = {}
+    calls = {1: walk.Call((), {})}
+    walk.walk(block, linears, groups, hidden, calls, lambda g, h: seen.update({g.names[0]: h.tokens}), True)
+    assert seen == {"even": 8, "odd": 4, "last": 12}
+
+
+def test_quantized_weights_are_seen_downstream_only_with_true_sequential():
+    block = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    linears = {"0": block[0], "1": block[1]}
+    groups = [walk.InputGroup(("0",), 4), walk.InputGroup(("1",), 4)]
+    for true_sequential in (True, False):
+        nn.init.eye_(block[0].weight)
+        traces = {}
+
+        def solve(group, hessian, traces=traces):
+            traces[group.names[0]] = float(hessian.mean().trace())
+            linears[group.names[0]].weight.data.mul_(2)
+
+        walk.walk(block, linears, groups, [torch.ones(1, 3, 4)], {1: walk.Call((), {})}, solve, true_sequential)
+        assert traces == {"0": 4.0, "1": 16.0 if true_sequential else 4.0}
+
+
+def test_arguments_that_depend_on_the_tokens_are_refused():
+    class Block(nn.Module):
+        def forward(self, hidden, extra):
+            return hidden
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block()])
+
+        def forward(self, input_ids, use_cache):
+            return self.blocks[0](input_ids.float(), input_ids)
+
+    body = Body()
+    with pytest.raises(walk.UnsupportedModelError, match="depend on the token ids"):
+        walk.capture(body, body.blocks, [torch.zeros(1, 4), torch.ones(1, 4)], as_tuple=False)
+
+
+@pytest.mark.parametrize(("architecture", "reason"), [("gpt2", "Conv1D"), ("mixtral", "experts stacked")])
+def test_what_cannot_be_quantized_yet_is_refused_by_name(architecture, reason):
+    with pytest.raises(walk.UnsupportedModelError, match=reason):
+        find_decoder(empty_model(CONFIGS[architecture](), torch.float32))
