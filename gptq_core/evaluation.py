@@ -20,10 +20,10 @@ from gptq_core.architecture import choose_device, choose_dtype, load_config
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.errors import CorruptCheckpointError
-from gptq_core.linear import load_quantized
+from gptq_core.linear import load_quantized, to_dense
 
-LOGITS_AT_ONCE = 2**25
-"""Logits of one forward, tokens × vocabulary, above which a batch is a single window: 128 MiB in float32."""
+LOGITS_AT_ONCE = 2**22
+"""Logits of one forward, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache. A single window may exceed it."""
 
 Progress = Callable[[int, int], None]
 
@@ -34,7 +34,7 @@ def load_for_evaluation(path: str, device: str = "auto", revision: str | None = 
     config = load_config(folder)
     dtype = choose_dtype("auto", config, target)
     if getattr(config, "quantization_config", None):
-        return load_quantized(folder, dtype=dtype, device=target)
+        return to_dense(load_quantized(folder, dtype=dtype, device=target))  # unpacked once, not in every forward
     Checkpoint(folder)  # refuses pickle weights with a reason before transformers would load them
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True

@@ -78,6 +78,19 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype | None = None, device
     return model
 
 
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every QuantizedLinear by a plain linear with its dequantized weight, in place: same logits, no unpacking a forward."""
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            dense.weight = nn.Parameter(module.weight_in(dtype), requires_grad=False)
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+            model.set_submodule(name, dense)
+    return model
+
+
 def _packed_linear(source: Checkpoint, locate, name: str, quantization: dict, linear: nn.Linear, device: torch.device) -> QuantizedLinear:
     def read(leaf: str) -> Tensor | None:
         found = locate(f"{name}.{leaf}")

@@ -6,6 +6,7 @@ it is asked for, so a model larger than memory is no obstacle.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
@@ -103,8 +104,19 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over config.json and every shard's sha256."""
         with ThreadPoolExecutor() as pool:
-            parts = list(pool.map(file_sha256, [self.folder / "config.json", *(self.folder / file for file in self._files)]))
+            parts = list(pool.map(_unchanged_sha256, [self.folder / "config.json", *(self.folder / file for file in self._files)]))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _unchanged_sha256(path: Path) -> str:
+    status = path.stat()
+    return _sha256_at(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_at(path: Path, _size: int, _mtime_ns: int) -> str:
+    """One process reads a shard once for its digest, as long as the file stays as it is."""
+    return file_sha256(path)
 
 
 def file_sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from tiny import logits, quantize, save_model, windows
 
 from gptq_core import QuantizeConfig, QuantizedLinear, load_quantized
 from gptq_core.errors import InputError
+from gptq_core.linear import to_dense
 
 
 def test_scales_stay_float16_whatever_the_model_is_cast_to(tmp_path):
@@ -30,3 +31,12 @@ def test_dtype_of_the_arithmetic(dtype, tmp_path):
 def test_a_dense_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a GPTQ checkpoint"):
         load_quantized(save_model("llama", tmp_path / "model"))
+
+
+def test_dense_twin_has_the_same_logits_and_no_packed_parts(tmp_path):
+    quantize(save_model("opt", tmp_path / "model"), tmp_path / "out", QuantizeConfig(bits=3, group_size=32, desc_act=True))
+    model = load_quantized(tmp_path / "out")
+    before = logits(model, windows().tokens)
+    dense = to_dense(model)
+    assert not any(isinstance(module, QuantizedLinear) for module in dense.modules())
+    assert torch.equal(logits(dense, windows().tokens), before)

@@ -1,0 +1,37 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Needs Python 3.11 or newer with its venv module, and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test install clean
+
+help:
+	@echo "make demo      install, then quantize the embedded model, evaluate and track it"
+	@echo "make test      install, then run the tests"
+	@echo "make install   make .venv and install the project into it"
+	@echo "make clean     remove .venv and caches; runs and mlflow.db stay"
+	@echo "PYTHON=python3.12 make ...   choose the interpreter"
+
+demo: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m flows demo
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or say PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is too old: install Python 3.11 or newer, or say PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) lacks venv or ensurepip: install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pipeline,dev]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

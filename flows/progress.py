@@ -1,0 +1,81 @@
+"""Telling a person how far a run is: bars on a terminal, plain lines elsewhere, Prefect's logger when nobody watches.
+
+A flow takes only what Prefect can store, so the one who watches is found through a context variable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+
+class Reporter:
+    """Writes to Prefect's run logger; the base of the two that the command line uses."""
+
+    def note(self, text: str) -> None:
+        from prefect import get_run_logger
+
+        get_run_logger().info(text)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]:
+        """A stage of the run; yields a callback `(steps done, what was done last)`."""
+
+        def advance(done: int, text: str = "") -> None:
+            if text:
+                self.note(text)
+
+        started = time.perf_counter()
+        yield advance
+        self.note(f"{name}: {time.perf_counter() - started:.1f} s")
+
+
+class Lines(Reporter):
+    """Plain lines, for files and pipes."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write = write
+
+    def note(self, text: str) -> None:
+        self.write(text)
+
+
+class Bars(Lines):
+    """One bar a stage, on a terminal."""
+
+    def __init__(self, console) -> None:  # noqa: ANN001 - rich is imported by the command line only
+        super().__init__(lambda text: console.print(text, highlight=False, markup=False))
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = [SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(bar_width=32)]
+        columns += [MofNCompleteColumn()] if total else []
+        columns += [TimeElapsedColumn(), TextColumn("{task.fields[text]}", markup=False)]
+        with Progress(*columns, console=self.console) as progress:
+            bar = progress.add_task(name, total=total, text="")
+            yield lambda done, text="": progress.update(bar, completed=done, text=text)
+            if total is None:
+                progress.update(bar, total=1, completed=1)
+
+
+_watching: ContextVar[Reporter | None] = ContextVar("watching", default=None)
+
+
+def reporter() -> Reporter:
+    """Who watches this run; Prefect's logger if nobody does."""
+    return _watching.get() or Reporter()
+
+
+@contextmanager
+def watched_by(watcher: Reporter) -> Iterator[None]:
+    """Report what runs inside to `watcher`."""
+    token = _watching.set(watcher)
+    try:
+        yield
+    finally:
+        _watching.reset(token)

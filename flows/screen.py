@@ -1,0 +1,88 @@
+"""What a person sees at the end of a command, on stdout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tasks.config import RunConfig
+from tasks.record import record_path
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+
+
+def show_table(rows: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for key, value in rows.items():
+        table.add_row(key, number(value))
+    _console().print(table)
+
+
+def show_run(config: RunConfig, record: dict[str, Any]) -> None:
+    """The short table of a run, and where to look."""
+    evaluation, assembly = record["evaluation"] or {}, record["assembly"]
+    table = Table(title=f"{config.out.name}: {config.quantization.bits} bits, group {config.quantization.group_size}", title_justify="left")
+    for column in ("", "original", "quantized"):
+        table.add_column(column, justify="left" if not column else "right")
+    before, after = evaluation.get("original_perplexity"), evaluation.get("quantized_perplexity")
+    table.add_row("perplexity", *(f"{value:.3f}" if value is not None else "-" for value in (before, after)))
+    if evaluation.get("kl") is not None:
+        table.add_row("KL per token", "", f"{evaluation['kl']:.5f} nats")
+    if evaluation.get("top1_agreement") is not None:
+        table.add_row("same top token", "", f"{evaluation['top1_agreement']:.2%}")
+    table.add_row("size", size(assembly["original_bytes"]), size(assembly["bytes"]))
+    table.add_row("bits per weight", "", f"{assembly['bits_per_weight']:.3f}")
+    if record["seconds"] is not None:
+        table.add_row("seconds", "", f"{record['seconds']:.1f}")
+    console = _console()
+    console.print(table)
+    tracked = (record.get("mlflow") or {}).get("error") is None
+    uri = config.tracking.uri
+    places = Table(show_header=False, box=None, padding=(0, 2))
+    places.add_row("checkpoint", str(config.out))
+    places.add_row("record", str(record_path(config.out)))
+    if not tracked:
+        places.add_row("MLflow", "not recorded; the same command tries again")
+    else:
+        places.add_row("MLflow", uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}")
+    places.add_row("Prefect", f"prefect server start   (flow run {record['prefect_flow_run_id']})")
+    console.print(places)
+
+
+def show_inspection(found: dict[str, Any]) -> None:
+    """A checkpoint's own account of itself."""
+    head = {"checkpoint": found["path"], "format": found["format"], "bits": found["bits"], "group size": found["group_size"],
+            "symmetric": found["sym"], "desc_act": found["desc_act"], "bits per weight": found["bits_per_weight"],
+            "size": size(found["bytes"]), "quantized layers": len(found["layers"]), "dense tensors": len(found["dense"])}
+    show_table(head)
+    layers = Table(box=None, padding=(0, 2))
+    for column in ("layer", "in", "out", "groups", "bits", "size"):
+        layers.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in found["layers"]:
+        layers.add_row(layer["name"], *(str(layer[key]) for key in ("in_features", "out_features", "groups", "bits")), size(layer["bytes"]))
+    dense = Table(box=None, padding=(0, 2))
+    for column in ("dense tensor", "shape", "type", "size"):
+        dense.add_column(column, justify="left" if column == "dense tensor" else "right")
+    for tensor in found["dense"]:
+        dense.add_row(tensor["name"], " x ".join(map(str, tensor["shape"])), tensor["dtype"], size(tensor["bytes"]))
+    _console().print(layers)
+    _console().print(dense)
+
+
+def _console() -> Console:
+    # off a terminal rich would fold long names at 80 columns
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)

@@ -1,0 +1,157 @@
+"""RunConfig: one whole run as one frozen object, the same for the YAML, the command line, Prefect's parameter and MLflow.
+
+A relative path of a model, a text or an output is relative to the working directory. Later versions add keys; none is renamed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from gptq_core.config import QuantizeConfig, Schema, explain
+from gptq_core.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ModelConfig(Schema):
+    path: str
+    """Folder of a Hugging Face causal language model, or its id on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null: the main branch. Without meaning for a folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which the blocks are forwarded; auto: the one in which the model is stored."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto: cuda where there is one."""
+
+
+class CalibrationConfig(Schema):
+    samples: Positive = 128
+    """Windows of text that the quantizer sees."""
+    seqlen: Positive = 2048
+    """Tokens in a window; cut to what the model allows."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the choice of windows."""
+
+
+class EvaluationConfig(Schema):
+    dataset: str | list[str] | list[list[int]] | None = None
+    """Held-out text, as quantization.dataset; null: the end of the calibration text, kept apart from calibration."""
+    seqlen: Positive = 2048
+    """Tokens in a window; cut to what the model allows."""
+    kl: bool = True
+    """Also measure KL(original || quantized) per token in nats, and how often both prefer the same next token."""
+    samples: Positive | None = None
+    """At most this many windows; null: all of the text."""
+
+
+class OutputConfig(Schema):
+    dir: str | None = None
+    """Folder of the checkpoint; null: runs/<model>-w<bits>g<group_size>. `<dir>.run.json` and `<dir>.work` lie beside it."""
+    overwrite: bool = False
+    """Replace a checkpoint of another config that is already there; false: that is an error."""
+
+    @field_validator("dir")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None and Path(value).name in ("", ".."):
+            raise ValueError("must name a folder of its own, such as runs/my-model-w4")
+        return value
+
+
+class TrackingConfig(Schema):
+    uri: Annotated[str, Field(min_length=1)] = "sqlite:///mlflow.db"
+    """MLflow tracking URI: sqlite:///FILE.db or http(s)://HOST:PORT."""
+    experiment: Annotated[str, Field(min_length=1)] = "gptq"
+    """MLflow experiment; made where it does not exist."""
+
+
+class RunConfig(Schema):
+    model: ModelConfig
+    quantization: QuantizeConfig
+    calibration: CalibrationConfig = CalibrationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig = OutputConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _has_text(self) -> RunConfig:
+        if not self.quantization.dataset:
+            raise ValueError("quantization.dataset is required: a text file (.txt, .jsonl, .parquet), wikitext2 or c4")
+        return self
+
+    @property
+    def out(self) -> Path:
+        """Folder of the checkpoint, with the default filled in."""
+        if self.output.dir is not None:
+            return Path(self.output.dir)
+        name = re.sub(r"[^\w.-]+", "-", Path(self.model.path).resolve().name if Path(self.model.path).is_dir() else self.model.path)
+        group = "row" if self.quantization.group_size == -1 else self.quantization.group_size
+        return Path("runs") / f"{name.strip('.-') or 'model'}-w{self.quantization.bits}g{group}"
+
+    def to_yaml(self) -> str:
+        """The expanded config; loading it gives an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys to values, for tables and MLflow parameters. Text given in place is only counted."""
+        rows = {f"{room}.{key}": value for room, values in self.model_dump(mode="json").items() for key, value in values.items()}
+        rows["output.dir"] = str(self.out)
+        return {key: f"{len(value)} given in the config" if isinstance(value, list) else value for key, value in rows.items()}
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`key.path=value` as a dotted key and its YAML value."""
+    key, equals, value = setting.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {setting}: expected key.path=value, such as quantization.group_size=64")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {setting}: the value is not valid YAML ({_where(error)})") from error
+
+
+def from_dict(data: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:
+    """A RunConfig from nested keys, with dotted `overrides` on top. Everything wrong is one InputError of one line."""
+    # an empty section (`evaluation:` with all its keys commented out) means its defaults
+    data = {room: {} if values is None else values for room, values in data.items()}
+    for room in ("model", "quantization"):
+        data.setdefault(room, {})
+    for dotted, value in (overrides or {}).items():
+        room, _, key = dotted.partition(".")
+        if not key or "." in key:
+            raise InputError(f"{dotted}: a key is written section.key, such as quantization.bits or model.path")
+        section = data.get(room, {})
+        if not isinstance(section, dict):
+            raise InputError(f"{room} = {section!r}: must be a section with keys of its own")
+        data[room] = {**section, key: value}
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError(explain(error)) from error
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """A RunConfig from a YAML file, with dotted `overrides` on top."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"config file {path} cannot be read: {reason}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} is not valid YAML ({_where(error)})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"config file {path} must hold sections such as model: and quantization:")
+    return from_dict({str(key): value for key, value in data.items()}, overrides)
+
+
+def _where(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "unreadable"
+    return f"line {mark.line + 1}: {problem}" if mark else problem

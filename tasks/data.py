@@ -1,0 +1,42 @@
+"""prepare_dataset: the texts of a run as token windows in files that are named by their content."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from gptq_core.calibration import Windows
+from tasks.config import RunConfig
+from tasks.prepare import prepare
+from tasks.record import beside
+
+
+@task(name="prepare_dataset", cache_policy=NO_CACHE)
+def prepare_dataset(config: RunConfig) -> dict[str, Any]:
+    """{"calibration": record, "evaluation": record, "notes": [...], "seconds": s}; a record tells file, digest, source, sizes."""
+    started = time.perf_counter()
+    prepared = prepare(config)
+    folder = beside(config.out, ".work")
+    return {
+        "calibration": save(prepared.calibration, folder, "calibration"),
+        "evaluation": save(prepared.evaluation, folder, "evaluation"),
+        "notes": list(prepared.notes),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def save(windows: Windows, folder: Path, role: str) -> dict[str, Any]:
+    """Write `windows` where their digest says, once; return the record of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{role}-{windows.digest[:20]}.safetensors"
+    if not path.exists():
+        draft = path.with_name(f".{os.getpid()}-{path.name}")
+        windows.save(draft)
+        draft.replace(path)
+    return {"file": str(path), "digest": windows.digest, "source": windows.source, "windows": windows.count,
+            "seqlen": windows.seqlen, "total_windows": windows.total_windows}

@@ -1,0 +1,37 @@
+"""Perplexity and KL of a checkpoint as it lies on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from gptq_core.calibration import Windows
+from gptq_core.evaluation import evaluate_one, evaluate_pair
+
+
+class Progress:
+    """A callback `(done, total)` that Prefect does not look into."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable[[int, int], None] | None) -> None:
+        self.call = call
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate(checkpoint: str, windows_file: str, original: str | None, revision: str | None, device: str, kl: bool,
+             progress: Progress) -> dict[str, Any]:
+    """The numbers of evaluate_pair, and seconds. Without an `original` only those that need none; the others are None."""
+    started = time.perf_counter()
+    windows = Windows.load(windows_file)
+    if original is None:
+        alone = evaluate_one(checkpoint, windows, device=device, progress=progress.call)
+        numbers = {"original_perplexity": None, "quantized_perplexity": alone["perplexity"], "kl": None, "top1_agreement": None,
+                   "tokens": alone["tokens"], "windows": windows.count}
+    else:
+        numbers = dict(evaluate_pair(original, checkpoint, windows, kl=kl, revision=revision, device=device, progress=progress.call))
+    return {**numbers, "digest": windows.digest, "seqlen": windows.seqlen, "seconds": time.perf_counter() - started}

@@ -1,0 +1,35 @@
+"""Figures for people, drawn without matplotlib's global state."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+
+def short_name(layer: str) -> str:
+    """`model.layers.7.mlp.up_proj` as `mlp.up_proj`: the name of a layer within its block."""
+    return re.sub(r"^.*?\.\d+\.", "", layer)
+
+
+def relative_errors(blocks: list[dict[str, Any]]):  # noqa: ANN201 - matplotlib is imported lazily
+    """A heat map, blocks by layers, of each layer's relative error on the calibration data."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(short_name(layer["name"]) for block in blocks for layer in block["layers"]))
+    found = {(short_name(layer["name"]), block["block"]): layer["relative_error"] for block in blocks for layer in block["layers"]}
+    columns = [block["block"] for block in blocks]
+    grid = [[found.get((name, column), math.nan) for column in columns] for name in names]
+    seen = [value for row in grid for value in row if value is not None and math.isfinite(value) and value > 0]
+    figure = Figure(figsize=(min(18, 3.5 + 0.45 * len(columns)), min(12, 1.5 + 0.35 * len(names))), layout="constrained")
+    axes = figure.subplots()
+    grid = [[math.nan if value is None else value for value in row] for row in grid]
+    scale = LogNorm(min(seen), max(seen)) if seen and max(seen) > min(seen) else None
+    image = axes.imshow(grid, aspect="auto", norm=scale, cmap="viridis", interpolation="nearest")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("block")
+    axes.set_title("relative error of the layer's output on the calibration text")
+    figure.colorbar(image, ax=axes)
+    return figure

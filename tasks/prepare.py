@@ -1,0 +1,69 @@
+"""Everything that can be found wrong before anything is computed. No Prefect here: a wrong request must not wait for a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+
+from gptq_core.calibration import Windows, calibration_windows, evaluation_windows, split_windows
+from gptq_core.checkpoint.reader import Checkpoint, resolve
+from gptq_core.engine import Quantization, load_tokenizer, model_limits
+from tasks.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The two texts of a run as packed token windows, and what was adjusted on the way."""
+
+    calibration: Windows
+    evaluation: Windows
+    notes: tuple[str, ...]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read and pack the calibration and the evaluation text. InputError: the model or a text does not do."""
+    # the check and the flow of one process ask for the same text: it is tokenized once while its files stay as they are
+    return _prepare(config.model_dump_json(), tuple(_stamp(text) for text in (config.quantization.dataset, config.evaluation.dataset)))
+
+
+@lru_cache(maxsize=1)
+def _prepare(config_json: str, stamps: tuple) -> Prepared:
+    config = RunConfig.model_validate_json(config_json)
+    calibration, evaluation = config.calibration, config.evaluation
+    Checkpoint(resolve(config.model.path, config.model.revision))  # the weights first: without them no tokenizer helps
+    limit = model_limits(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    notes = tuple(f"{room}.seqlen cut from {seqlen} to {limit}, the longest window the model allows"
+                  for room, seqlen in (("calibration", calibration.seqlen), ("evaluation", evaluation.seqlen)) if seqlen > limit)
+    seqlen, evaluation_seqlen = min(calibration.seqlen, limit), min(evaluation.seqlen, limit)
+    dataset = config.quantization.dataset
+    if evaluation.dataset is None:
+        seen, held_out = split_windows(dataset, tokenizer, calibration.samples, seqlen, calibration.seed, evaluation_seqlen)
+        held_out = dataclasses.replace(held_out, tokens=held_out.tokens[: evaluation.samples])
+    else:
+        seen = calibration_windows(dataset, tokenizer, calibration.samples, seqlen, calibration.seed)
+        held_out = evaluation_windows(evaluation.dataset, tokenizer, evaluation_seqlen, evaluation.samples)
+    return Prepared(seen, held_out, notes)
+
+
+def open_quantization(config: RunConfig, calibration: Windows) -> Quantization:
+    """The engine on this request: checked, locked, resumed. OutputHeldError: another run writes there."""
+    return Quantization.open(
+        config.model.path, config.quantization, calibration, config.out, revision=config.model.revision,
+        dtype=config.model.dtype, device=config.model.device, overwrite=config.output.overwrite,
+    )
+
+
+def check(config: RunConfig) -> tuple[str, ...]:
+    """Raise what is wrong with the request, the model, the texts and the output; return what was adjusted."""
+    prepared = prepare(config)
+    open_quantization(config, prepared.calibration).close()
+    return prepared.notes
+
+
+def _stamp(dataset: object) -> tuple[int, int] | None:
+    if not isinstance(dataset, str) or not Path(dataset).is_file():
+        return None
+    status = Path(dataset).stat()
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,46 @@
+"""The engine's steps as Prefect tasks. The open quantization travels as an opaque handle; what comes back are small records.
+
+No result is cached by Prefect: its default policy would hash the model, and the engine's own manifest decides what is done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from gptq_core.engine import Quantization
+from gptq_core.errors import GPTQError
+
+
+class Handle:
+    """An open Quantization that Prefect looks neither into nor at: it walks collections, dataclasses and pydantic models only."""
+
+    __slots__ = ("job",)
+
+    def __init__(self, job: Quantization) -> None:
+        self.job = job
+
+
+def may_retry(task, task_run, state) -> bool:  # noqa: ANN001 - Prefect's signature
+    """Retry what may pass on its own (a full disk, a lost device), never what the engine refuses: it would refuse it again."""
+    return not isinstance(state.result(raise_on_failure=False), GPTQError)
+
+
+@task(name="capture_calibration", cache_policy=NO_CACHE)
+def capture_calibration(handle: Handle) -> dict[str, Any]:
+    """The inputs of the first block for every calibration window."""
+    return handle.job.capture()
+
+
+@task(name="quantize_block", task_run_name="quantize_block-{index}", cache_policy=NO_CACHE, retries=1, retry_condition_fn=may_retry)
+def quantize_block(handle: Handle, index: int) -> dict[str, Any]:
+    """Quantize and commit decoder block `index`, or replay it from disk."""
+    return handle.job.quantize_block(index)
+
+
+@task(name="assemble", cache_policy=NO_CACHE)
+def assemble(handle: Handle) -> dict[str, Any]:
+    """Publish the checkpoint; on finished work, its record as it was."""
+    return handle.job.assemble()

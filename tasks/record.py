@@ -1,0 +1,89 @@
+"""The run record, `<out>.run.json`: all of a run that may differ between two equal runs, beside the checkpoint and never in it.
+
+It is written before MLflow is asked for anything, so a tracking server that is away costs nothing but its copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from gptq_core.errors import InputError
+from tasks.config import RunConfig
+
+
+def beside(out: str | Path, suffix: str) -> Path:
+    """A path next to the checkpoint folder `out`: its name and `suffix`."""
+    out = Path(out)
+    if out.name in ("", ".."):
+        out = Path(os.path.abspath(out))
+        if not out.name:
+            raise InputError(f"{out} is the root of the file system: name a folder of its own")
+    return out.with_name(out.name + suffix)
+
+
+def record_path(out: str | Path) -> Path:
+    return beside(out, ".run.json")
+
+
+def read(out: str | Path) -> dict[str, Any] | None:
+    """The record of the checkpoint `out`; None where there is none."""
+    path = record_path(out)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"run record {path} cannot be read ({error}): mend it or remove it") from error
+    if not isinstance(record, dict):
+        raise InputError(f"run record {path} must hold a JSON object: mend it or remove it")
+    return record
+
+
+def write(out: str | Path, record: dict[str, Any]) -> Path:
+    """Replace the record of `out` at once: a reader sees the old one or the new one."""
+    path = record_path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def new(config: RunConfig, key: str) -> dict[str, Any]:
+    """A record at the start of a run. Its id is what MLflow's run is found by."""
+    return {
+        "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}", "key": key, "config": config.model_dump(mode="json"), "out": str(config.out),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "finished_ms": None, "seconds": None, "stage_seconds": {},
+        "peak_memory_bytes": None, "machine": machine(), "calibration_data": None, "evaluation_data": None, "assembly": None,
+        "evaluation": None, "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "mlflow": None,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers of seconds and bytes were measured on."""
+    import torch
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Highest resident set of this process so far, and highest allocation on its GPU, in bytes."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated()
+    return peak

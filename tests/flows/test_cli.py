@@ -1,0 +1,109 @@
+"""The command line up to the point where Prefect starts: what is wrong is said in one line, at once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from gptq_core.errors import OutputHeldError
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def broken(tmp_path, tiny_llama, corpus, monkeypatch):
+    """A working directory with the inputs that must be refused."""
+    monkeypatch.chdir(tmp_path)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    for path in tiny_llama.iterdir():
+        if path.suffix != ".safetensors":
+            (pickled / path.name).write_bytes(path.read_bytes())
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("Ba ke lo.")
+    (tmp_path / "good").symlink_to(tiny_llama)
+    (tmp_path / "good.txt").symlink_to(corpus)
+    (tmp_path / "run.yaml").write_text("model: {path: good}\nquantization: {bits: 4, dataset: good.txt, gruop_size: 32}\n")
+    return tmp_path
+
+
+GOOD = ["--model", "good", "--dataset", "good.txt", "--bits", "4", "--group-size", "32"]
+
+
+@pytest.mark.parametrize("args, said", [
+    ([*GOOD, "--bits", "5"], "quantization.bits = 5"),
+    ([*GOOD, "--group-size", "0"], "quantization.group_size = 0"),
+    ([*GOOD, "--group-size", "96"], "group_size 96 does not divide"),
+    ([*GOOD, "--model", "gone"], "'gone': no such folder"),
+    ([*GOOD, "--model", "pickled"], "pickle"),
+    ([*GOOD, "--dataset", "empty.txt"], "empty"),
+    ([*GOOD, "--dataset", "short.txt"], "shorter than one window"),
+    ([*GOOD, "--dataset", "gone.txt"], "gone.txt"),
+    ([*GOOD, "--eval-dataset", "short.txt"], "shorter than one window"),
+    ([*GOOD, "--set", "quantization.gruop_size=32"], "did you mean 'group_size'"),
+    ([*GOOD, "--set", "quantization.bits"], "key.path=value"),
+    ([*GOOD, "--format", "awq"], "quantization.format = 'awq'"),
+    ([*GOOD, "--damp-percent", "1"], "damp_percent"),
+    ([*GOOD, "--samples", "0"], "calibration.samples = 0"),
+    ([*GOOD, "--desc-act", "--set", "quantization.act_group_aware=true"], "act_group_aware"),
+    (["run.yaml"], "did you mean 'group_size'"),
+    (["gone.yaml"], "gone.yaml"),
+    ([], "model.path is required"),
+])  # fmt: skip
+def test_wrong_input_is_one_line_and_exit_2_and_costs_nothing(broken, args, said):
+    before = sorted(path.name for path in broken.iterdir())
+    result = call("quantize", *args, "--out", "out")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and said in result.stderr and result.stdout == ""
+    assert sorted(path.name for path in broken.iterdir()) == before
+
+
+@pytest.mark.parametrize("args", [["inspect", "gone"], ["evaluate", "gone"], ["evaluate", "."], ["evaluate", ".", "--samples", "0"]])
+def test_a_checkpoint_that_is_none_is_one_line_and_exit_2(broken, args):
+    result = call(*args)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+
+
+def test_a_held_output_is_exit_75(broken, monkeypatch):
+    def held(config):
+        raise OutputHeldError("out is held by process 7")
+
+    monkeypatch.setattr("tasks.prepare.check", held)
+    result = call("quantize", *GOOD)
+    assert result.exit_code == 75 and result.stderr == "error: out is held by process 7\n"
+
+
+def test_interruption_is_exit_130(broken, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tasks.prepare.check", interrupted)
+    result = call("quantize", *GOOD)
+    assert result.exit_code == 130 and "resumes" in result.stderr
+
+
+def test_usage_errors_are_exit_2():
+    assert call("quantize", "--nonsense").exit_code == call("nonsense").exit_code == 2
+
+
+def test_help_and_a_wrong_key_answer_without_torch_and_prefect(request):
+    code = ("import sys; from flows.cli import app\n"
+            "for args in (['--help'], ['quantize', '--help']):\n"
+            "    app(args, standalone_mode=False)\n"
+            "print(sorted({'torch', 'transformers', 'prefect', 'mlflow'} & set(sys.modules)), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath, check=True)
+    assert done.stderr.strip() == "[]"
+    for command in ("demo", "quantize", "evaluate", "inspect"):
+        assert command in done.stdout
+
+
+def test_json_is_nothing_but_json(monkeypatch):
+    found = {"path": "x", "layers": []}
+    monkeypatch.setattr("gptq_core.checkpoint.inspection.inspect_checkpoint", lambda path: found)
+    assert json.loads(call("inspect", "x", "--json").stdout) == found

@@ -1,0 +1,97 @@
+import pytest
+import yaml
+
+from flows.demo import demo_config
+from gptq_core.config import QuantizeConfig
+from gptq_core.errors import InputError
+from tasks.config import RunConfig, from_dict, load, parse_setting
+
+LEAST = {"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
+
+
+@pytest.mark.parametrize("name", ["demo", "quantize"])
+def test_every_config_file_loads(name, request):
+    config = load(request.config.rootpath / "configs" / f"{name}.yaml")
+    assert load_text(config.to_yaml()) == config
+
+
+def load_text(text):
+    return from_dict(yaml.safe_load(text))
+
+
+def test_the_documented_config_names_every_key_with_its_default(request):
+    data = yaml.safe_load((request.config.rootpath / "configs" / "quantize.yaml").read_text())
+    for room, field in RunConfig.model_fields.items():
+        assert list(data[room]) == list(field.annotation.model_fields) or set(data[room]) == set(field.annotation.model_fields)
+    least = from_dict({"model": {"path": data["model"]["path"]}, "quantization": {"bits": 4, "dataset": data["quantization"]["dataset"]}})
+    assert from_dict(data) == least
+
+
+def test_demo_finds_its_files_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from pathlib import Path
+
+    config = demo_config({"output.dir": "here"})
+    for path in (config.model.path, config.quantization.dataset, config.evaluation.dataset):
+        assert Path(path).exists()
+    assert config.out == Path("here")
+
+
+def test_least_config_has_the_documented_defaults():
+    config = from_dict(LEAST)
+    assert (config.calibration.samples, config.calibration.seqlen, config.evaluation.kl) == (128, 2048, True)
+    assert str(config.out) == "runs/m-w4g128"
+    assert from_dict({**LEAST, "calibration": None}) == config, "an empty section means its defaults"
+
+
+def test_default_output_is_one_folder_under_runs():
+    for path in ("org/name", "../up", "a b:c", "/", "."):
+        out = from_dict(LEAST, {"model.path": path}).out
+        assert out.parent.name == "runs" and len(out.parts) == 2, path
+
+
+def test_overrides_win_and_are_yaml():
+    config = from_dict(LEAST, dict(parse_setting(s) for s in ["quantization.sym=false", "output.dir=a=b", "evaluation.samples=null"]))
+    assert config.quantization.sym is False and str(config.out) == "a=b" and config.evaluation.samples is None
+
+
+def test_flat_holds_every_key_and_only_counts_texts():
+    flat = from_dict(LEAST, {"quantization.dataset": ["one text", "another"]}).flat()
+    assert flat["quantization.dataset"] == "2 given in the config"
+    assert {f"quantization.{key}" for key in QuantizeConfig.model_fields} <= set(flat)
+    assert flat["output.dir"] == "runs/m-w4g128"
+
+
+@pytest.mark.parametrize("overrides, said", [
+    ({"quantization.bits": 5}, "quantization.bits = 5"),
+    ({"quantization.bit": 4}, "did you mean 'bits'"),
+    ({"quantisation.bits": 4}, "did you mean 'quantization'"),
+    ({"calibration.samples": 0}, "calibration.samples = 0"),
+    ({"calibration.seed": -1}, "calibration.seed = -1"),
+    ({"quantization.dataset": None}, "quantization.dataset is required"),
+    ({"quantization.desc_act": True, "quantization.act_group_aware": True}, "act_group_aware"),
+    ({"output.dir": ""}, "output.dir"),
+    ({"bits": 4}, "section.key"),
+    ({"model.path.x": 4}, "section.key"),
+])  # fmt: skip
+def test_wrong_values_are_one_line_that_names_them(overrides, said):
+    with pytest.raises(InputError) as error:
+        from_dict(LEAST, overrides)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("a: [", "line"), ("just words", "sections"), ("model: here", "model"), (b"\xff\xfe\x00", "UTF-8"),
+])  # fmt: skip
+def test_wrong_files_are_one_line_that_names_them(tmp_path, text, said):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=said) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_setting_needs_key_and_value():
+    for wrong in ("quantization.bits", "=4", "a.b=["):
+        with pytest.raises(InputError, match="--set"):
+            parse_setting(wrong)

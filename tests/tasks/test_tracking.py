@@ -1,0 +1,68 @@
+import pytest
+from mlflow import MlflowClient
+
+from tasks import record as records
+from tasks.config import from_dict
+from tasks.tracking import TAG, log, log_to_mlflow, safe
+
+
+@pytest.fixture
+def config(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text('{"kind": "start"}\n')
+    return from_dict({"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}, "output": {"dir": str(out)},
+                      "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e"}})
+
+
+@pytest.fixture
+def record(config):
+    def layer(block, name, error):
+        return {"name": f"model.layers.{block}.{name}", "loss": 1.5 + block, "relative_error": error}
+
+    data = {"file": "f", "digest": "d" * 64, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
+    return records.new(config, "k" * 64) | {
+        "finished_ms": 1_700_000_000_000, "seconds": 3.0, "stage_seconds": {"forward and hessian": 1.0}, "peak_memory_bytes": {"host": 5},
+        "calibration_data": data, "evaluation_data": data | {"digest": "e" * 64}, "prefect_flow_run_id": "p",
+        "assembly": {"bytes": 10, "original_bytes": 40, "bits_per_weight": 4.2, "quantized_layers": 4},
+        "evaluation": {"original_perplexity": 2.0, "quantized_perplexity": 2.5, "kl": 0.25, "top1_agreement": None},
+        "blocks": [{"block": b, "seconds": 0.5, "layers": [layer(b, "attn.q", 0.1 + b), layer(b, "mlp.up", None)]} for b in range(2)],
+    }  # fmt: skip
+
+
+def runs(config):
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    return client, client.search_runs([client.get_experiment_by_name("e").experiment_id])
+
+
+def test_everything_is_logged_once_however_often_it_is_tried(config, record):
+    first = log_to_mlflow(config, record)
+    assert first["error"] is None
+    client, found = runs(config)
+    client.update_run(first["run_id"], status="RUNNING")  # as if it had been cut off before its end
+    assert log_to_mlflow(config, record) == first == log_to_mlflow(config, record)
+    client, found = runs(config)
+    assert len(found) == 1 and found[0].info.status == "FINISHED" and found[0].data.tags[TAG] == record["id"]
+    assert found[0].data.params == {key: str(value) for key, value in config.flat().items()}
+    values = found[0].data.metrics
+    assert values["kl"] == 0.25 and values["original_perplexity"] == 2.0 and values["seconds/forward and hessian"] == 1.0
+    assert "top1_agreement" not in values and "relative_error/mlp.up" not in values, "what was not measured is not logged"
+    history = client.get_metric_history(first["run_id"], "relative_error/attn.q")
+    assert [(point.step, point.value) for point in history] == [(0, 0.1), (1, 1.1)]
+    assert {tag.value for data in found[0].inputs.dataset_inputs for tag in data.tags} == {"calibration", "evaluation"}
+    assert {item.path for item in client.list_artifacts(first["run_id"])} == {"manifest.jsonl", "config.yaml", "relative_error.png"}
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x"])
+def test_a_store_that_is_away_costs_only_its_copy(config, record, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    outcome = log.fn(away, record)
+    assert outcome["error"] and outcome["run_id"] is None and "\n" not in outcome["error"]
+    kept = records.read(config.out)
+    assert kept["evaluation"] == record["evaluation"] and kept["mlflow"] == outcome
+    assert log_to_mlflow(config, record)["error"] is None, "a later try records it"
+
+
+def test_names_that_mlflow_refuses_are_rewritten():
+    assert safe("acc,none [x]: a-b.c_d") == "acc_none _x__ a-b.c_d"
