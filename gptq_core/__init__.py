@@ -1,12 +1,34 @@
-"""gptq_core: quantize causal language models with GPTQ, and run what comes out."""
+"""gptq_core: quantize causal language models with GPTQ, and run what comes out.
 
-from gptq_core.calibration import Windows, calibration_windows, evaluation_windows
-from gptq_core.checkpoint.inspection import inspect_checkpoint
-from gptq_core.config import QuantizeConfig
-from gptq_core.engine import Quantization
-from gptq_core.errors import GPTQError
-from gptq_core.evaluation import evaluate_pair
-from gptq_core.linear import QuantizedLinear, load_quantized
+The public names are imported when they are first used: a config is validated, or refused, without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptq_core.calibration import Windows, calibration_windows, evaluation_windows
+    from gptq_core.checkpoint.inspection import inspect_checkpoint
+    from gptq_core.config import QuantizeConfig
+    from gptq_core.engine import Quantization
+    from gptq_core.errors import GPTQError
+    from gptq_core.evaluation import evaluate_pair
+    from gptq_core.linear import QuantizedLinear, load_quantized
+
+_HOME = {
+    "GPTQError": "errors",
+    "Quantization": "engine",
+    "QuantizeConfig": "config",
+    "QuantizedLinear": "linear",
+    "Windows": "calibration",
+    "calibration_windows": "calibration",
+    "evaluate_pair": "evaluation",
+    "evaluation_windows": "calibration",
+    "inspect_checkpoint": "checkpoint.inspection",
+    "load_quantized": "linear",
+}
 
 __all__ = [
     "GPTQError",
@@ -20,3 +42,9 @@ __all__ = [
     "inspect_checkpoint",
     "load_quantized",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

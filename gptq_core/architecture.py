@@ -63,7 +63,9 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
-        raise UnsupportedModelError(f"model_type {config.model_type!r}: not a causal language model ({str(error).splitlines()[0]})") from error
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r}: not a causal language model ({str(error).splitlines()[0]})"
+        ) from error
     for module in model.modules():
         computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
         for name in computed:
@@ -81,7 +83,10 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     candidates = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == expected and len(module) > 0 and all(any(True for _ in b.children()) for b in module)
+        if isinstance(module, nn.ModuleList)
+        and len(module) == expected
+        and len(module) > 0
+        and all(any(True for _ in b.children()) for b in module)
     ]
     outermost = [(n, m) for n, m in candidates if not any(n.startswith(f"{other}.") for other, _ in candidates)]
     if len(outermost) != 1:

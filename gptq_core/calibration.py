@@ -79,9 +79,7 @@ def evaluation_windows(dataset: Any, tokenizer: Any, seqlen: int, samples: int |
     return Windows(windows[:samples], _name(dataset), windows.shape[0])
 
 
-def split_windows(
-    dataset: Any, tokenizer: Any, samples: int, seqlen: int, seed: int, evaluation_seqlen: int
-) -> tuple[Windows, Windows]:
+def split_windows(dataset: Any, tokenizer: Any, samples: int, seqlen: int, seed: int, evaluation_seqlen: int) -> tuple[Windows, Windows]:
     """Calibration and evaluation windows from one text: the last tenth is kept apart for evaluation.
 
     Raises InputError when the text is too short for a window of each.

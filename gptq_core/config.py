@@ -98,8 +98,10 @@ class QuantizeConfig(Schema):
         if self.act_group_aware and self.desc_act:
             raise ValueError("act_group_aware: true works only with desc_act: false; leave one of them out")
         if self.static_groups and self.desc_act:
-            raise ValueError("static_groups: true excludes desc_act: true; static groups take activation_order: true instead, "
-                             "the same order with a g_idx that every consumer loads")
+            raise ValueError(
+                "static_groups: true excludes desc_act: true; static groups take activation_order: true instead, "
+                "the same order with a g_idx that every consumer loads"
+            )
         if self.static_groups and self.act_group_aware:
             raise ValueError("static_groups: true excludes act_group_aware: true; use activation_order")
         if self.activation_order and not self.static_groups:

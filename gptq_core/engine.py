@@ -156,7 +156,9 @@ class Quantization:
             if architecture.source_name(self.decoder.model, name, self.source.__contains__) is None
         ]
         if missing:
-            raise InputError(f"{self.source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again")
+            raise InputError(
+                f"{self.source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again"
+            )
         quantized, left = [], {}
         sizes: dict[str, tuple[int, int]] = {}
         for index, block in enumerate(self.decoder.blocks):
@@ -177,7 +179,9 @@ class Quantization:
         return {"blocks": self.block_count, "quantized": quantized, "left": left}
 
     def _block_tensor_names(self) -> list[str]:
-        return [name for i, block in enumerate(self.decoder.blocks) for name in architecture.tensor_names(block, f"{self.decoder.prefix}.{i}")]
+        return [
+            name for i, block in enumerate(self.decoder.blocks) for name in architecture.tensor_names(block, f"{self.decoder.prefix}.{i}")
+        ]
 
     def _file(self, index: int) -> str:
         """Blocks are the final shards 1 … n; the rest of the model is the last one."""
@@ -358,19 +362,23 @@ class Quantization:
             part = solved.rows(start, stop)
             if not torch.isfinite(part.scales).all():
                 raise FactorizationError(f"{path}.{name}: scales are not finite; its weights are not finite or exceed float16")
-            yield name, part, {
-                "name": f"{path}.{name}",
-                "bits": self.config.bits,
-                "group_size": self.config.group_size,
-                "in_features": group.in_features,
-                "out_features": stop - start,
-                "loss": float(part.loss.double().sum()),
-                "relative_error": _relative_error(weights[start:stop], part.loss, factor),
-                "tokens": hessian.tokens,
-                "damp_percent": factor.damp_percent if factor else self.config.damp_percent,
-                "failed_attempts": factor.failed_attempts if factor else None,
-                "fallback": fallback,
-            }
+            yield (
+                name,
+                part,
+                {
+                    "name": f"{path}.{name}",
+                    "bits": self.config.bits,
+                    "group_size": self.config.group_size,
+                    "in_features": group.in_features,
+                    "out_features": stop - start,
+                    "loss": float(part.loss.double().sum()),
+                    "relative_error": _relative_error(weights[start:stop], part.loss, factor),
+                    "tokens": hessian.tokens,
+                    "damp_percent": factor.damp_percent if factor else self.config.damp_percent,
+                    "failed_attempts": factor.failed_attempts if factor else None,
+                    "fallback": fallback,
+                },
+            )
             start = stop
 
     def assemble(self) -> dict[str, Any]:
@@ -397,7 +405,7 @@ class Quantization:
             for path in sorted({p for pattern in CARRIED for p in self.source.folder.glob(pattern) if p.is_file()}):
                 self.output.copy(path)
             summary = self._summary(size, sorted(set(self.source.names) - used))
-            self.output.write_text("README.md", card.render(self.output.out.name, self._details(summary), None))
+            self.output.write_text("README.md", card.render(self._details(summary), None))
             self.output.publish(summary)
         return summary | self._published()
 

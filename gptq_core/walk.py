@@ -81,7 +81,9 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor], as_t
             hidden_states.append(hidden)
         known = calls[index].setdefault(hidden.shape[0], call)
         if not _same(known.args, call.args) or not _same(known.kwargs, call.kwargs):
-            raise UnsupportedModelError(f"{type(blocks[index].block).__name__}: its arguments depend on the token ids, which is not supported yet")
+            raise UnsupportedModelError(
+                f"{type(blocks[index].block).__name__}: its arguments depend on the token ids, which is not supported yet"
+            )
 
     originals = list(blocks)
     for index, block in enumerate(originals):
@@ -174,9 +176,7 @@ def walk(
 
         return hook
 
-    handles = [
-        linears[name].register_forward_pre_hook(stage(number, group)) for number, group in enumerate(groups) for name in group.names
-    ]
+    handles = [linears[name].register_forward_pre_hook(stage(number, group)) for number, group in enumerate(groups) for name in group.names]
     try:
         waiting: dict[int, list[Coroutine]] = {}
         ready = [Coroutine(block, batch, hidden_states, calls) for batch in range(len(hidden_states))]

@@ -107,8 +107,7 @@ def train(out: Path, budget: int, seed: int) -> None:
     steps = budget // (BATCH * WINDOW)
     warmup = max(1, steps // 50)
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / warmup, max(0.0, (steps - s) / (steps - warmup))))
-        for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / warmup, max(0.0, (steps - s) / (steps - warmup)))) for o in optimizers
     ]
     generator = torch.Generator().manual_seed(seed)
     started = time.monotonic()
@@ -125,8 +124,11 @@ def train(out: Path, budget: int, seed: int) -> None:
             optimizer.zero_grad()
             schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step} loss {loss.item():.3f} held-out {heldout_perplexity(model, heldout_ids[: 64 * WINDOW]):.2f} "
-                  f"{time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step} loss {loss.item():.3f} held-out {heldout_perplexity(model, heldout_ids[: 64 * WINDOW]):.2f} "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -17,19 +17,19 @@ EVALUATION = (
 )
 
 
-def render(name: str, details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+def render(details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     """The card as markdown. `details` is the manifest's first record with `summary` and `model_type`."""
     config, summary, tokens = details["config"], details["summary"], details["tokens"]
     lines = [
         "---", "library_name: transformers", "tags: [gptq, quantized]", "---", "",
-        f"# {name}", "",
+        f"# {details['model_type']}, {config['bits']}-bit GPTQ", "",
         f"A {config['bits']}-bit GPTQ checkpoint of a {details['model_type']} model, format `{config['format']}`: "
         f"{summary['quantized_layers']} linears quantized to {summary['bits_per_weight']:.2f} bits a weight (scales, zeros and indices included), "
         f"{summary['bytes']} bytes where the original has {summary['original_bytes']}.", "",
         f"Calibrated on {tokens['windows']} windows of {tokens['seqlen']} tokens from {tokens['source']}.", "",
         "| setting | value |", "|---|---|",
         *(f"| {key} | {value} |" for key, value in config.items()), "",
-        "```python", "from gptq_core import load_quantized", "", f'model = load_quantized("{name}")', "```", "",
+        "```python", "from gptq_core import load_quantized", "", 'model = load_quantized("path/to/this/folder")', "```", "",
     ]  # fmt: skip
     if evaluation:
         lines += ["| measured on the checkpoint as written | |", "|---|---|"]
@@ -43,4 +43,4 @@ def rewrite(checkpoint: Path, evaluation: dict[str, Any] | None) -> None:
     records = [json.loads(line) for line in (checkpoint / MANIFEST).read_text().splitlines()]
     model_type = json.loads((checkpoint / "config.json").read_text())["model_type"]
     details = records[0] | {"summary": records[-1]["summary"], "model_type": model_type}
-    replace_file(checkpoint / "README.md", render(checkpoint.name, details, evaluation).encode())
+    replace_file(checkpoint / "README.md", render(details, evaluation).encode())

@@ -10,7 +10,20 @@ from gptq_core.checkpoint.format import read_quantization_config
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.errors import CorruptCheckpointError
 
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U8": 1,
+    "I8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -32,7 +45,11 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         bits = stored_zeros * 32 // out
         layers.append({"name": stem, "in_features": words * 32 // bits, "out_features": out, "groups": groups, "bits": bits,
                        "bytes": sum(size[p] for p in parts)})  # fmt: skip
-    dense = [{"name": n, "shape": list(source.header(n)[1]), "dtype": source.header(n)[0], "bytes": size[n]} for n in source.names if n not in packed]
+    dense = [
+        {"name": n, "shape": list(source.header(n)[1]), "dtype": source.header(n)[0], "bytes": size[n]}
+        for n in source.names
+        if n not in packed
+    ]
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
     return {
         "path": str(path),

@@ -56,7 +56,15 @@ def test_the_folder(tmp_path):
     quantization = json.loads((out / "quantize_config.json").read_text())
     assert config.pop("quantization_config") == quantization
     assert config == json.loads((model / "config.json").read_text())
-    expected = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "format": "gptq", "checkpoint_format": "gptq"}
+    expected = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+        "format": "gptq",
+        "checkpoint_format": "gptq",
+    }
     assert expected.items() <= quantization.items()
     assert "dataset" not in quantization
     assert "modules_in_block_to_quantize" not in quantization
@@ -225,7 +233,10 @@ def test_a_finished_folder_with_a_missing_file_is_noticed(tmp_path):
 
 def test_the_output_is_held(tmp_path):
     model = save_model("llama", tmp_path / "model")
-    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu"), pytest.raises(OutputHeldError, match=str(os.getpid())):
+    with (
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu"),
+        pytest.raises(OutputHeldError, match=str(os.getpid())),
+    ):
         Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
 
 
@@ -234,7 +245,9 @@ def test_the_output_is_held(tmp_path):
 
 def test_group_size_that_does_not_divide(tmp_path):
     model = save_model("llama", tmp_path / "model")
-    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_proj: group_size 128 does not divide in 64.*16, 32, 64 or -1.*strict"):
+    with pytest.raises(
+        InputError, match=r"model\.layers\.0\.self_attn\.q_proj: group_size 128 does not divide in 64.*16, 32, 64 or -1.*strict"
+    ):
         Quantization.open(str(model), QuantizeConfig(bits=4), windows(), tmp_path / "out", device="cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -248,7 +261,9 @@ def test_not_strict_leaves_what_cannot_be_packed_and_says_so(tmp_path):
     quantized = load_quantized(tmp_path / "out")
     assert isinstance(quantized.model.layers[0].mlp.up_proj, torch.nn.Linear)
     torch.testing.assert_close(logits(quantized, windows().tokens), logits(dense_twin(model, quantized), windows().tokens))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_in_block_to_quantize"] == [["mlp.down_proj"]]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_in_block_to_quantize"] == [
+        ["mlp.down_proj"]
+    ]
 
 
 def test_pickle_weights_missing_tensors_and_quantized_sources(tmp_path):
@@ -295,4 +310,6 @@ def test_names_without_the_base_prefix_are_found(tmp_path):
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     quantize(model, tmp_path / "out", W4)
     quantized = load_quantized(tmp_path / "out")
-    torch.testing.assert_close(logits(quantized, windows().tokens), logits(dense_twin(model, quantized), windows().tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(quantized, windows().tokens), logits(dense_twin(model, quantized), windows().tokens), rtol=1e-4, atol=1e-4
+    )

@@ -22,7 +22,9 @@ def test_against_a_plain_computation(pair):
     judged = windows(5, 24, seed=9)
     result = evaluate_pair(str(model), str(out), judged, device="cpu")
     quantized = load_quantized(out)
-    log_p, log_q = (torch.log_softmax(logits(m, judged.tokens)[:, :-1].double(), -1) for m in (_original(model), dense_twin(model, quantized)))
+    log_p, log_q = (
+        torch.log_softmax(logits(m, judged.tokens)[:, :-1].double(), -1) for m in (_original(model), dense_twin(model, quantized))
+    )
     targets = judged.tokens[:, 1:, None]
     assert result["original_perplexity"] == pytest.approx(math.exp(-log_p.gather(-1, targets).mean()), rel=1e-5)
     assert result["quantized_perplexity"] == pytest.approx(math.exp(-log_q.gather(-1, targets).mean()), rel=1e-5)
