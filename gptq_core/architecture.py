@@ -31,6 +31,10 @@ class Decoder:
     """Name of the list of blocks, such as `model.layers`."""
     blocks: nn.ModuleList
 
+    def block_tensor_names(self) -> list[str]:
+        """Full names of all tensors of all blocks."""
+        return [name for index, block in enumerate(self.blocks) for name in tensor_names(block, f"{self.prefix}.{index}")]
+
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's config. Raises InputError for an architecture that transformers does not know (remote code is never run)."""

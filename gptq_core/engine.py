@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import time
 from collections import defaultdict
@@ -31,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gptq_core import architecture, grid, solver, walk
+from gptq_core import architecture, grid, selection, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
@@ -77,7 +76,7 @@ class Quantization:
         self.decoder = architecture.find_decoder(architecture.empty_model(architecture.load_config(source.folder), dtype))
         self.block_count = len(self.decoder.blocks)
         self.stage_seconds: dict[str, float] = defaultdict(float)
-        self.plan = self._plan()
+        self.plan = selection.select(self.source, self.decoder, config)
         self._hidden: list[Tensor] = []
         self._calls: list[dict[int, walk.Call]] = []
         self._position = 0  # the block that self._hidden enters
@@ -138,50 +137,15 @@ class Quantization:
             "config": self.config.model_dump(exclude={"dataset", "backend"}),
             "model_sha256": model_sha256,
             "tokens_sha256": self.windows.digest,
-            "tokens": {"source": self.windows.source, "windows": self.windows.count, "of": self.windows.total_windows, "seqlen": self.windows.seqlen},
+            "tokens": {
+                "source": self.windows.source, "windows": self.windows.count,
+                "of": self.windows.total_windows, "seqlen": self.windows.seqlen,
+            },
             "versions": {
                 "gptq_core": format.code_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                 "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type, "machine": platform.machine(),
             },
         }  # fmt: skip
-
-    def _plan(self) -> dict[str, Any]:
-        """Which linears of every block are quantized, and which are left and why. Raises InputError where that is refused."""
-        text_config = architecture.load_config(self.source.folder)
-        if getattr(text_config, "quantization_config", None):
-            raise InputError(f"{self.source.folder}: this checkpoint is already quantized; give the original model")
-        missing = [
-            name
-            for name in self._block_tensor_names()
-            if architecture.source_name(self.decoder.model, name, self.source.__contains__) is None
-        ]
-        if missing:
-            raise InputError(
-                f"{self.source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again"
-            )
-        quantized, left = [], {}
-        sizes: dict[str, tuple[int, int]] = {}
-        for index, block in enumerate(self.decoder.blocks):
-            for name, linear in architecture.linears_of(block).items():
-                full = f"{self.decoder.prefix}.{index}.{name}"
-                sizes[full] = (linear.in_features, linear.out_features)
-                reason = format.why_not_packable(linear.in_features, linear.out_features, self.config.group_size)
-                if reason:
-                    left[full] = reason
-                else:
-                    quantized.append(full)
-        if left and self.config.strict:
-            first = next(iter(left))
-            raise InputError(f"{first}: {left[first]}{_choices(sizes)}, or set quantization.strict: false to leave "
-                             f"{'it' if len(left) == 1 else f'these {len(left)} layers'} unquantized")  # fmt: skip
-        if not quantized:
-            raise InputError(f"{self.source.folder}: no linear of any decoder block can be quantized{_choices(sizes)}")
-        return {"blocks": self.block_count, "quantized": quantized, "left": left}
-
-    def _block_tensor_names(self) -> list[str]:
-        return [
-            name for i, block in enumerate(self.decoder.blocks) for name in architecture.tensor_names(block, f"{self.decoder.prefix}.{i}")
-        ]
 
     def _file(self, index: int) -> str:
         """Blocks are the final shards 1 … n; the rest of the model is the last one."""
@@ -192,7 +156,7 @@ class Quantization:
     def capture(self) -> dict[str, Any]:
         """Run the model up to its first block on every calibration batch. Also the way back to the start after a failure."""
         model, blocks = self.decoder.model, self.decoder.blocks
-        block_names = set(self._block_tensor_names())
+        block_names = set(self.decoder.block_tensor_names())
         outside = [n for n in architecture.tensor_names(model) if n not in block_names]
         body = {n for n in outside if n.startswith(f"{model.base_model_prefix}.")}  # the head is not needed to reach the blocks
         with self._timed("read"):
@@ -387,7 +351,7 @@ class Quantization:
             return self.output.records[-1]["summary"] | self._published()
         with self._timed("write"):
             model = self.decoder.model
-            block_names = set(self._block_tensor_names())
+            block_names = set(self.decoder.block_tensor_names())
             rest: dict[str, Tensor] = {}
             used: set[str] = set()
             for name in architecture.tensor_names(model):
@@ -422,7 +386,7 @@ class Quantization:
     def _summary(self, size: int, unused: list[str]) -> dict[str, Any]:
         layers = [layer for r in self.output.records if r["kind"] == "block" for layer in r["layers"]]
         weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
-        bits = sum(_bits_on_disk(layer) for layer in layers)
+        bits = sum(selection.bits_on_disk(layer) for layer in layers)
         return {
             "bytes": size,
             "original_bytes": self.source.bytes(),
@@ -473,23 +437,6 @@ def _relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> floa
     rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // POWER_ROWS), device=weight.device)
     power = (weight[rows][:, factor.order] @ factor.upper).square().sum()
     return float(loss[rows].double().sum() / power.double())
-
-
-def _bits_on_disk(layer: dict[str, Any]) -> int:
-    """Bits of the packed tensors of one layer, scales, zeros and g_idx included."""
-    columns, out, bits = layer["in_features"], layer["out_features"], layer["bits"]
-    groups = 1 if layer["group_size"] == -1 else columns // layer["group_size"]
-    return columns * out * bits + groups * out * (16 + bits) + columns * 32
-
-
-def _choices(sizes: dict[str, tuple[int, int]]) -> str:
-    """Group sizes that divide every layer that can be packed at all, as a phrase."""
-    columns = [i for i, o in sizes.values() if format.why_not_packable(i, o, -1) is None]
-    common = math.gcd(*columns) if columns else 0
-    fitting = [str(size) for size in (16, 32, 64, 128, 256, 512, 1024) if common and common % size == 0]
-    if not fitting:
-        return ""
-    return f"; group sizes that fit{'' if len(columns) == len(sizes) else ' the other layers'}: {', '.join(fitting)} or -1"
 
 
 def _json(value: dict[str, Any]) -> str:

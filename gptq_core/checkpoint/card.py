@@ -24,7 +24,8 @@ def render(details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
         "---", "library_name: transformers", "tags: [gptq, quantized]", "---", "",
         f"# {details['model_type']}, {config['bits']}-bit GPTQ", "",
         f"A {config['bits']}-bit GPTQ checkpoint of a {details['model_type']} model, format `{config['format']}`: "
-        f"{summary['quantized_layers']} linears quantized to {summary['bits_per_weight']:.2f} bits a weight (scales, zeros and indices included), "
+        f"{summary['quantized_layers']} linears quantized to {summary['bits_per_weight']:.2f} bits a weight "
+        "(scales, zeros and indices included), "
         f"{summary['bytes']} bytes where the original has {summary['original_bytes']}.", "",
         f"Calibrated on {tokens['windows']} windows of {tokens['seqlen']} tokens from {tokens['source']}.", "",
         "| setting | value |", "|---|---|",

@@ -72,8 +72,10 @@ class OutputFolder:
             self._rewrite(begun)  # drops a last line that a crash left incomplete
             return False
         if begun and len(begun) > 1 and not overwrite:
-            raise InputError(f"{self.partial} holds {len(begun) - 1} finished blocks of another run{_difference(begun, run)}; finish that run, "
-                             "remove the folder, choose another output, or set output.overwrite: true (--overwrite)")  # fmt: skip
+            raise InputError(
+                f"{self.partial} holds {len(begun) - 1} finished blocks of another run{_difference(begun, run)}; "
+                "finish that run, remove the folder, choose another output, or set output.overwrite: true (--overwrite)"
+            )
         if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir()
@@ -192,6 +194,7 @@ def _difference(records: list[dict[str, Any]], run: dict[str, Any]) -> str:
         for name, value in run["config"].items()
         if there.get("config", {}).get(name) != value
     ]
-    changed += [f"another {what}" for what, field in (("model", "model_sha256"), ("calibration text", "tokens_sha256"), ("version or device", "versions"))
-                if there.get(field) != run[field]]  # fmt: skip
+    for what, field in (("model", "model_sha256"), ("calibration text", "tokens_sha256"), ("version or device", "versions")):
+        if there.get(field) != run[field]:
+            changed.append(f"another {what}")
     return f" ({'; '.join(changed)})" if changed else ""

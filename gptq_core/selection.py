@@ -1,0 +1,64 @@
+"""Which linears of a model are quantized, and why the others are not: decided from config and headers, before any work."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gptq_core.architecture import Decoder, linears_of, source_name
+from gptq_core.checkpoint.format import why_not_packable
+from gptq_core.checkpoint.reader import Checkpoint
+from gptq_core.config import QuantizeConfig
+from gptq_core.errors import InputError
+
+
+def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> dict[str, Any]:
+    """{"blocks": count, "quantized": [name], "left": {name: reason}}.
+
+    Raises InputError when the source is quantized already, lacks a tensor, or has a linear that cannot be packed and
+    `config.strict` forbids leaving it.
+    """
+    if getattr(decoder.model.config, "quantization_config", None):
+        raise InputError(f"{source.folder}: this checkpoint is already quantized; give the original model")
+    missing = [name for name in decoder.block_tensor_names() if source_name(decoder.model, name, source.__contains__) is None]
+    if missing:
+        raise InputError(
+            f"{source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again"
+        )
+    quantized: list[str] = []
+    left: dict[str, str] = {}
+    sizes: list[tuple[int, int]] = []
+    for index, block in enumerate(decoder.blocks):
+        for name, linear in linears_of(block).items():
+            sizes.append((linear.in_features, linear.out_features))
+            reason = why_not_packable(linear.in_features, linear.out_features, config.group_size)
+            if reason:
+                left[f"{decoder.prefix}.{index}.{name}"] = reason
+            else:
+                quantized.append(f"{decoder.prefix}.{index}.{name}")
+    if left and config.strict:
+        first = next(iter(left))
+        raise InputError(
+            f"{first}: {left[first]}{_choices(sizes)}, or set quantization.strict: false to leave "
+            f"{'it' if len(left) == 1 else f'these {len(left)} layers'} unquantized"
+        )
+    if not quantized:
+        raise InputError(f"{source.folder}: no linear of any decoder block can be quantized{_choices(sizes)}")
+    return {"blocks": len(decoder.blocks), "quantized": quantized, "left": left}
+
+
+def _choices(sizes: list[tuple[int, int]]) -> str:
+    """Group sizes that divide every layer that can be packed at all, as a phrase."""
+    columns = [inputs for inputs, outputs in sizes if why_not_packable(inputs, outputs, -1) is None]
+    common = math.gcd(*columns) if columns else 0
+    fitting = [str(size) for size in (16, 32, 64, 128, 256, 512, 1024) if common and common % size == 0]
+    if not fitting:
+        return ""
+    return f"; group sizes that fit{'' if len(columns) == len(sizes) else ' the other layers'}: {', '.join(fitting)} or -1"
+
+
+def bits_on_disk(layer: dict[str, Any]) -> int:
+    """Bits of the packed tensors of one layer, scales, zeros and g_idx included."""
+    columns, out, bits = layer["in_features"], layer["out_features"], layer["bits"]
+    groups = 1 if layer["group_size"] == -1 else columns // layer["group_size"]
+    return columns * out * bits + groups * out * (16 + bits) + columns * 32

@@ -1,0 +1,56 @@
+"""What 4, 3 and 2 bits do to the embedded model, rounded to nearest and by GPTQ: one markdown table.
+
+    python tests/bench/embedded.py
+
+Rounding to nearest uses the same min-max scales. Perplexity and KL over the whole held-out text.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, evaluate_pair, evaluation_windows
+from gptq_core.checkpoint.reader import Checkpoint
+from gptq_core.engine import load_tokenizer
+from gptq_core.solver import round_to_nearest
+from gptq_core.walk import InputGroup
+
+EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
+MODEL = str(EMBEDDED / "model")
+
+
+class RoundedToNearest(Quantization):
+    """The engine with its solver replaced by rounding."""
+
+    def _solve(self, path, group: InputGroup, linears, hessian):
+        for name in group.names:
+            yield name, round_to_nearest(linears[name].weight.float(), self.config), {
+                "name": name, "bits": self.config.bits, "group_size": self.config.group_size, "fallback": "by request",
+                "in_features": linears[name].in_features, "out_features": linears[name].out_features,
+            }  # fmt: skip
+
+
+def judge(kind: type[Quantization], bits: int, calibration: Windows, heldout: Windows) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        with kind.open(MODEL, QuantizeConfig(bits=bits), calibration, out, device="cpu") as run:
+            for index in range(run.block_count):
+                run.quantize_block(index)
+            run.assemble()
+        return evaluate_pair(MODEL, str(out), heldout, device="cpu")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    Checkpoint(Path(MODEL))
+    tokenizer = load_tokenizer(MODEL)
+    calibration = calibration_windows(str(EMBEDDED / "train.parquet"), tokenizer, 128, 256, 0)
+    heldout = evaluation_windows(str(EMBEDDED / "heldout.parquet"), tokenizer, 256)
+    print("| bits | rounded: perplexity | KL | GPTQ: perplexity | KL |\n|---|---|---|---|---|")
+    for bits in (4, 3, 2):
+        nearest, solved = (judge(kind, bits, calibration, heldout) for kind in (RoundedToNearest, Quantization))
+        print(f"| {bits} | {nearest['quantized_perplexity']:.2f} | {nearest['kl']:.4f} | {solved['quantized_perplexity']:.2f} | {solved['kl']:.4f} |")
+    print(f"\noriginal perplexity {nearest['original_perplexity']:.2f}")
