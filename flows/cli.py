@@ -120,6 +120,15 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
             show_inspection(found)
 
 
+@app.command()
+def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help="New folder.", show_default=False)]) -> None:
+    """Write a quantized checkpoint back as a dense one, for tools that do not read GPTQ."""
+    with outcome():
+        from gptq_core.dequantize import dequantize_checkpoint
+
+        typer.echo(f"dense checkpoint: {dequantize_checkpoint(checkpoint, out)}")
+
+
 def run(config: Any) -> None:
     """Check everything that costs nothing, then start Prefect and the flow, then tell what came out."""
     from tasks import record as records

@@ -8,7 +8,7 @@ takes every non-overlapping window, as the papers do. Beginning-of-sequence toke
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ class Windows:
         shape = f"{self.count}x{self.seqlen}:".encode()
         return hashlib.sha256(shape + self.tokens.contiguous().numpy().tobytes()).hexdigest()
 
+    def thinned(self, samples: int | None) -> Windows:
+        """At most `samples` windows, evenly spaced: the beginning of a text is seldom like the rest of it. None: all."""
+        if samples is None or samples >= self.count:
+            return self
+        chosen = torch.arange(samples) * self.count // samples
+        return replace(self, tokens=self.tokens[chosen])
+
     def save(self, path: Path) -> None:
         save_file({"tokens": self.tokens.contiguous()}, path, {"source": self.source, "total_windows": str(self.total_windows)})
 
@@ -70,13 +77,13 @@ def calibration_windows(dataset: Any, tokenizer: Any, samples: int, seqlen: int,
 
 
 def evaluation_windows(dataset: Any, tokenizer: Any, seqlen: int, samples: int | None = None) -> Windows:
-    """Every non-overlapping window of the documents joined with two newlines, or the first `samples` of them."""
+    """Every non-overlapping window of the documents joined with two newlines, or `samples` of them, evenly spaced."""
     if _is_token_rows(dataset):
         stream = [token for row in dataset for token in row]
     else:
         stream = _encode(tokenizer, ["\n\n".join(read_documents(dataset, evaluation=True))])[0]
     windows = _cut(stream, seqlen, dataset)
-    return Windows(windows[:samples], _name(dataset), windows.shape[0])
+    return Windows(windows, _name(dataset), windows.shape[0]).thinned(samples)
 
 
 def split_windows(dataset: Any, tokenizer: Any, samples: int, seqlen: int, seed: int, evaluation_seqlen: int) -> tuple[Windows, Windows]:

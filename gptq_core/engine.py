@@ -45,11 +45,6 @@ TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
 POWER_ROWS = 256
 """Rows of a layer on which its output power is measured for the relative error; all of them would cost another sweep."""
-CARRIED = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "*.jinja", "LICENSE*", "NOTICE*",
-)  # fmt: skip
-"""Files of the source folder that belong to the model as much as its weights do."""
 
 
 def load_tokenizer(model_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -366,7 +361,7 @@ class Quantization:
             size = sum(sum(r["files"].values()) for r in records)
             self.output.write_text(INDEX, _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}))
             self._write_json()
-            for path in sorted({p for pattern in CARRIED for p in self.source.folder.glob(pattern) if p.is_file()}):
+            for path in sorted({p for pattern in format.CARRIED for p in self.source.folder.glob(pattern) if p.is_file()}):
                 self.output.copy(path)
             summary = self._summary(size, sorted(set(self.source.names) - used))
             self.output.write_text("README.md", card.render(self._details(summary), None))

@@ -40,7 +40,7 @@ def _prepare(config_json: str, stamps: tuple) -> Prepared:
     dataset = config.quantization.dataset
     if evaluation.dataset is None:
         seen, held_out = split_windows(dataset, tokenizer, calibration.samples, seqlen, calibration.seed, evaluation_seqlen)
-        held_out = dataclasses.replace(held_out, tokens=held_out.tokens[: evaluation.samples])
+        held_out = held_out.thinned(evaluation.samples)
     else:
         seen = calibration_windows(dataset, tokenizer, calibration.samples, seqlen, calibration.seed)
         held_out = evaluation_windows(evaluation.dataset, tokenizer, evaluation_seqlen, evaluation.samples)

@@ -20,6 +20,12 @@ from gptq_core.errors import InputError
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 
+CARRIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""Files of the source folder that belong to the model as much as its weights do."""
+
 
 def code_version() -> str:
     try:

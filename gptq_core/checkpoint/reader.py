@@ -82,6 +82,10 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._where)
 
+    def shards(self) -> dict[str, list[str]]:
+        """Tensor names by file."""
+        return {file: [name for name, where in self._where.items() if where == file] for file in self._files}
+
     def __contains__(self, name: str) -> bool:
         return name in self._where
 

@@ -52,5 +52,6 @@ if __name__ == "__main__":
     print("| bits | rounded: perplexity | KL | GPTQ: perplexity | KL |\n|---|---|---|---|---|")
     for bits in (4, 3, 2):
         nearest, solved = (judge(kind, bits, calibration, heldout) for kind in (RoundedToNearest, Quantization))
-        print(f"| {bits} | {nearest['quantized_perplexity']:.2f} | {nearest['kl']:.4f} | {solved['quantized_perplexity']:.2f} | {solved['kl']:.4f} |")
+        cells = [f"{result[key]:{form}}" for result in (nearest, solved) for key, form in (("quantized_perplexity", ".2f"), ("kl", ".4f"))]
+        print(f"| {bits} | {' | '.join(cells)} |")
     print(f"\noriginal perplexity {nearest['original_perplexity']:.2f}")

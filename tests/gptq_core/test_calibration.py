@@ -44,7 +44,14 @@ def test_token_rows_are_taken_as_they_are():
 def test_evaluation_joins_documents_with_two_newlines_and_keeps_the_order():
     windows = evaluation_windows(["ab", "cd"], letters, 2)
     assert windows.tokens.tolist() == [[0, 97], [98, 10], [10, 99]]
-    assert evaluation_windows(["ab", "cd"], letters, 2, samples=2).count == 2
+
+
+def test_fewer_evaluation_windows_are_spread_over_the_text():
+    windows = evaluation_windows([TEXT], letters, 10)
+    fewer = evaluation_windows([TEXT], letters, 10, samples=4)
+    assert torch.equal(fewer.tokens, windows.tokens[[0, 25, 50, 75]])
+    assert fewer.total_windows == 100
+    assert evaluation_windows([TEXT], letters, 10, samples=1000).count == 100
 
 
 def test_split_keeps_the_tail_apart():
