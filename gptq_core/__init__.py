@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from gptq_core.errors import GPTQError
     from gptq_core.evaluation import evaluate_pair
     from gptq_core.linear import QuantizedLinear, load_quantized
+    from gptq_core.quantizer import GPTQQuantizer, load_quantized_model
 
 _HOME = {
     "GPTQError": "errors",
+    "GPTQQuantizer": "quantizer",
     "Quantization": "engine",
     "QuantizeConfig": "config",
     "QuantizedLinear": "linear",
@@ -28,10 +30,12 @@ _HOME = {
     "evaluation_windows": "calibration",
     "inspect_checkpoint": "checkpoint.inspection",
     "load_quantized": "linear",
+    "load_quantized_model": "quantizer",
 }
 
 __all__ = [
     "GPTQError",
+    "GPTQQuantizer",
     "Quantization",
     "QuantizeConfig",
     "QuantizedLinear",
@@ -41,6 +45,7 @@ __all__ = [
     "evaluation_windows",
     "inspect_checkpoint",
     "load_quantized",
+    "load_quantized_model",
 ]
 
 

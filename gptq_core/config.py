@@ -56,6 +56,9 @@ class QuantizeConfig(Schema):
     """Zero point fixed at 2^(bits-1). False: a fitted integer zero point a group."""
     true_sequential: bool = True
     """Layers of a block see the already quantized earlier layers of the same block. False: all see the original ones."""
+    modules_in_block_to_quantize: list[list[str]] | None = None
+    """Names of the linears of a block that are quantized, such as [["self_attn.q_proj"], ["mlp.up_proj"]]; null: all. The inner
+    lists are Optimum's order of work and only joined here: the walk finds the order itself."""
     format: Format = "gptq"
     """Layout of the zeros on disk: 'gptq' stores zero - 1, 'gptq_v2' the zero itself."""
     backend: str | None = None
@@ -107,6 +110,12 @@ class QuantizeConfig(Schema):
         if self.activation_order and not self.static_groups:
             raise ValueError("activation_order: true works only with static_groups: true; without them use desc_act or act_group_aware")
         return self
+
+    @property
+    def modules(self) -> list[str] | None:
+        """modules_in_block_to_quantize as one list."""
+        names = self.modules_in_block_to_quantize
+        return None if names is None else [name for group in names for name in group]
 
     @property
     def max_code(self) -> int:

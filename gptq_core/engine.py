@@ -58,7 +58,12 @@ def load_tokenizer(model_path: str, revision: str | None = None) -> PreTrainedTo
 
 def model_limits(model_path: str, revision: str | None = None) -> int:
     """The longest window of tokens that the model allows."""
-    config = architecture.load_config(resolve(model_path, revision)).get_text_config(decoder=True)
+    return window_limit(architecture.load_config(resolve(model_path, revision)))
+
+
+def window_limit(config: transformers.PretrainedConfig) -> int:
+    """The longest window that a model of this config allows."""
+    config = config.get_text_config(decoder=True)
     return next((n for n in (getattr(config, a, None) for a in ("max_position_embeddings", "n_positions", "seq_length")) if n), 1 << 20)
 
 

@@ -27,9 +27,17 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> dict
         )
     quantized: list[str] = []
     left: dict[str, str] = {}
+    unwanted: dict[str, str] = {}
     sizes: list[tuple[int, int]] = []
+    known = {name for block in decoder.blocks for name in linears_of(block)}
+    for name in config.modules or []:
+        if name not in known:
+            raise InputError(f"modules_in_block_to_quantize: no linear {name!r} in a block; there are {', '.join(sorted(known))}")
     for index, block in enumerate(decoder.blocks):
         for name, linear in linears_of(block).items():
+            if config.modules is not None and name not in config.modules:
+                unwanted[f"{decoder.prefix}.{index}.{name}"] = "not in modules_in_block_to_quantize"
+                continue
             sizes.append((linear.in_features, linear.out_features))
             reason = why_not_packable(linear.in_features, linear.out_features, config.group_size)
             if reason:
@@ -44,7 +52,7 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> dict
         )
     if not quantized:
         raise InputError(f"{source.folder}: no linear of any decoder block can be quantized{_choices(sizes)}")
-    return {"blocks": len(decoder.blocks), "quantized": quantized, "left": left}
+    return {"blocks": len(decoder.blocks), "quantized": quantized, "left": left | unwanted}
 
 
 def _choices(sizes: list[tuple[int, int]]) -> str:
