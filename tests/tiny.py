@@ -17,7 +17,7 @@ CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**GATED),
     "mistral": lambda: transformers.MistralConfig(**GATED, sliding_window=16),
     "qwen3": lambda: transformers.Qwen3Config(**GATED, head_dim=16),
-    "qwen2_tied_with_bias": lambda: transformers.Qwen2Config(**GATED, tie_word_embeddings=True),
+    "qwen2_tied_with_bias": lambda: transformers.Qwen2Config(**GATED, tie_word_embeddings=True, pad_token_id=0),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **GATED, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
     ),
