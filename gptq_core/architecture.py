@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -39,8 +40,8 @@ class Decoder:
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's config. Raises InputError for an architecture that transformers does not know (remote code is never run)."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
 
 
@@ -65,7 +66,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """The model with all parameters on the meta device and its computed buffers real, on the CPU."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r}: not a causal language model ({str(error).splitlines()[0]})"

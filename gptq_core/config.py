@@ -40,7 +40,7 @@ class QuantizeConfig(Schema):
     """Bits a weight: 2, 3, 4 or 8."""
     dataset: str | list[str] | list[list[int]] | None = None
     """Calibration text: a file (.txt, .jsonl, .parquet), a named hub dataset (wikitext2, c4), texts, or rows of token ids."""
-    group_size: int = 128
+    group_size: Annotated[int, Field(strict=True)] = 128
     """Input columns that share a scale; -1: the whole row. Must divide the input size of every quantized linear."""
     damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of mean(diag H) added to the diagonal of H."""

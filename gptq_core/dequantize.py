@@ -11,7 +11,6 @@ import os
 import shutil
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -43,7 +42,7 @@ def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.
     total = 0
     for shard, names in source.shards().items():
         tensors = dict(_dense(source, name, format, kind) for name in names if not _belongs_to_packed(source, name))
-        replace_file(partial / shard, safetensors.torch.save(tensors, {"format": "pt"}))
+        replace_file(partial / shard, tensors)
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

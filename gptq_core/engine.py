@@ -13,6 +13,7 @@ forward, which restores the activations exactly, so that nothing but finished bl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -34,7 +35,7 @@ from gptq_core import architecture, grid, selection, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
-from gptq_core.checkpoint.reader import INDEX, Checkpoint, resolve
+from gptq_core.checkpoint.reader import INDEX, Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError
@@ -47,11 +48,18 @@ POWER_ROWS = 256
 """Rows of a layer on which its output power is measured for the relative error; all of them would cost another sweep."""
 
 
+@functools.cache
+def code_sha256() -> str:
+    """sha256 of this library's own sources: another solver is other work, whatever the version says."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
+
+
 def load_tokenizer(model_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises InputError when the folder has none."""
     folder = resolve(model_path, revision)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
 
@@ -102,12 +110,16 @@ class Quantization:
         """
         source = Checkpoint(resolve(model_path, revision))
         target = architecture.choose_device(device)
+        vocabulary = architecture.load_config(source.folder).get_text_config(decoder=True).vocab_size
+        if (largest := int(windows.tokens.max())) >= vocabulary or int(windows.tokens.min()) < 0:
+            raise InputError(f"token id {largest} in the calibration windows: the model's vocabulary ends at {vocabulary - 1}; "
+                             "use the model's own tokenizer")  # fmt: skip
         run = cls(source, config, windows, target, architecture.choose_dtype(dtype, architecture.load_config(source.folder), target))
         run.output = OutputFolder(Path(out))
         try:
             record = run._identity()
             run.key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-            run.finished = run.output.open(run.key, record, overwrite)
+            run.finished = run.output.open(run.key, record | {"tokens": run._text()}, overwrite)
         except BaseException:
             run.close()
             raise
@@ -137,15 +149,17 @@ class Quantization:
             "config": self.config.model_dump(exclude={"dataset", "backend"}),
             "model_sha256": model_sha256,
             "tokens_sha256": self.windows.digest,
-            "tokens": {
-                "source": self.windows.source, "windows": self.windows.count,
-                "of": self.windows.total_windows, "seqlen": self.windows.seqlen,
-            },
             "versions": {
-                "gptq_core": format.code_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type, "machine": platform.machine(),
+                "gptq_core": format.code_version(), "code_sha256": code_sha256(), "torch": torch.__version__,
+                "transformers": transformers.__version__, "dtype": str(self.dtype).removeprefix("torch."),
+                "device": self.device.type, "machine": platform.machine(),
             },
         }  # fmt: skip
+
+    def _text(self) -> dict[str, Any]:
+        """Where the calibration tokens came from, for the record: the same tokens by another name are the same work."""
+        w = self.windows
+        return {"source": w.source, "windows": w.count, "of": w.total_windows, "seqlen": w.seqlen}
 
     def _file(self, index: int) -> str:
         """Blocks are the final shards 1 … n; the rest of the model is the last one."""
@@ -215,6 +229,8 @@ class Quantization:
             self._position = index + 1  # nothing after this block needs its outputs
             return record, True
         block, path = self.decoder.blocks[index], f"{self.decoder.prefix}.{index}"
+        if record:
+            self._prefetched.pop(index, None)
         self._position = -1  # until this block is through, the activations belong to no block
         try:
             if record:

@@ -36,7 +36,7 @@ def load_for_evaluation(path: str, device: str = "auto", revision: str | None = 
         return to_dense(load_quantized(folder, dtype=dtype, device=target))  # unpacked once, not in every forward
     Checkpoint(folder)  # refuses pickle weights with a reason before transformers would load them
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
     if report["missing_keys"]:
         # transformers would go on with random numbers in their place

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from gptq_core.architecture import Decoder, linears_of, source_name
 from gptq_core.checkpoint.format import why_not_packable
 from gptq_core.checkpoint.reader import Checkpoint
@@ -20,11 +22,7 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> dict
     """
     if getattr(decoder.model.config, "quantization_config", None):
         raise InputError(f"{source.folder}: this checkpoint is already quantized; give the original model")
-    missing = [name for name in decoder.block_tensor_names() if source_name(decoder.model, name, source.__contains__) is None]
-    if missing:
-        raise InputError(
-            f"{source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again"
-        )
+    _check_tensors(source, decoder)
     quantized: list[str] = []
     left: dict[str, str] = {}
     unwanted: dict[str, str] = {}
@@ -50,9 +48,39 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> dict
             f"{first}: {left[first]}{_choices(sizes)}, or set quantization.strict: false to leave "
             f"{'it' if len(left) == 1 else f'these {len(left)} layers'} unquantized"
         )
+    packed_by_block = {
+        frozenset(name.removeprefix(f"{decoder.prefix}.{index}.") for name in quantized if name.startswith(f"{decoder.prefix}.{index}."))
+        for index in range(len(decoder.blocks))
+    }
+    if left and len(packed_by_block) > 1:
+        raise InputError(
+            f"{source.folder}: strict: false would leave different linears in different blocks, which the files cannot say; "
+            f"choose a group size that fits all{_choices(sizes)}"
+        )
     if not quantized:
         raise InputError(f"{source.folder}: no linear of any decoder block can be quantized{_choices(sizes)}")
     return {"blocks": len(decoder.blocks), "quantized": quantized, "left": left | unwanted}
+
+
+def _check_tensors(source: Checkpoint, decoder: Decoder) -> None:
+    """Every tensor of the model is there, in its shape. Tied ones may be absent, and may not be something else."""
+    tied = getattr(decoder.model, "all_tied_weights_keys", {})
+    expected = {name: tuple(tensor.shape) for name, tensor in decoder.model.state_dict().items()}
+    found = {name: source_name(decoder.model, name, source.__contains__) for name in expected}
+    missing = [name for name, there in found.items() if there is None and not (name in tied and found.get(tied[name]))]
+    if missing:
+        raise InputError(
+            f"{source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again"
+        )
+    for name, there in found.items():
+        if there and (shape := source.header(there)[1]) != expected[name]:
+            raise InputError(f"{name}: shape {shape} on disk, {expected[name]} by config.json; the two do not belong together")
+    for name, twin in tied.items():
+        if found.get(name) and found.get(twin) and not torch.equal(source.read(found[name]), source.read(found[twin])):
+            raise InputError(
+                f"{source.folder}: config.json ties {name} to {twin}, but the folder holds two different tensors; "
+                "set tie_word_embeddings to false in config.json if both are meant"
+            )
 
 
 def _choices(sizes: list[tuple[int, int]]) -> str:

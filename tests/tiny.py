@@ -28,10 +28,13 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def save_model(architecture: str, folder: Path, seed: int = 0) -> Path:
+def save_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random model of an architecture, saved as safetensors. Biases are random too, so that losing one shows."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    config = CONFIGS[architecture]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -62,9 +62,12 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; give the folder of a quantized checkpoint")
-    found = json.loads(path.read_text()).get("quantization_config")
-    if found is None and (folder / "quantize_config.json").is_file():
-        found = json.loads((folder / "quantize_config.json").read_text())
+    try:
+        found = json.loads(path.read_text()).get("quantization_config")
+        if found is None and (folder / "quantize_config.json").is_file():
+            found = json.loads((folder / "quantize_config.json").read_text())
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{folder}: its JSON cannot be read ({error}); download it again") from error
     if found is None or found.get("quant_method", "gptq") != "gptq":
         raise InputError(f"{folder}: not a GPTQ checkpoint (quant_method is {found and found.get('quant_method')!r})")
     return found

@@ -58,7 +58,10 @@ class Checkpoint:
     def _shards(self) -> list[str]:
         index = self.folder / INDEX
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{index}: not an index of shards ({error}); download it again") from error
         elif (self.folder / SINGLE).is_file():
             shards = [SINGLE]
         else:

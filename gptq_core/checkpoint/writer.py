@@ -9,7 +9,6 @@ written. Nothing in the folder depends on the clock: a resumed run gives the sam
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -32,6 +31,9 @@ class OutputFolder:
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.records: list[dict[str, Any]] = []
+        for path in (self.out, self.partial):
+            if path.exists() and not path.is_dir():
+                raise InputError(f"output.dir = {str(out)!r}: {path} is a file; choose another folder")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = open(out.with_name(out.name + ".lock"), "a+")  # noqa: SIM115 - held until close()
@@ -68,8 +70,9 @@ class OutputFolder:
                              "choose another folder, or set output.overwrite: true (--overwrite)")  # fmt: skip
         begun = self._read(self.partial)
         if begun and begun[0]["key"] == key:
-            self.records = begun
-            self._rewrite(begun)  # drops a last line that a crash left incomplete
+            # believed only after a look: a block whose file is gone or changed is missing, and so are its outputs for the next
+            self.records = [record for record in begun if "file" not in record or self._intact(record)]
+            self._rewrite(self.records)  # also drops a last line that a crash left incomplete
             return False
         if begun and len(begun) > 1 and not overwrite:
             raise InputError(
@@ -99,22 +102,21 @@ class OutputFolder:
         # every complete line ends in a newline: what follows the last one is a write that a crash cut off
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
+    def _intact(self, record: dict[str, Any]) -> bool:
+        path = self.partial / record["file"]
+        return path.is_file() and file_sha256(path) == record["sha256"]
+
     def block(self, index: int) -> dict[str, Any] | None:
-        """The record of a finished block, if its file is still what the manifest says."""
-        for record in self.records:
-            if record["kind"] == "block" and record["block"] == index:
-                path = self.partial / record["file"]
-                if path.is_file() and file_sha256(path) == record["sha256"]:
-                    return record
-        return None
+        """The record of a finished block."""
+        return next((record for record in self.records if record["kind"] == "block" and record["block"] == index), None)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def write_shard(self, file: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
         """Commit one shard and its manifest line. Returns the record as written."""
-        data = safetensors.torch.save({name: t.contiguous().cpu() for name, t in tensors.items()}, {"format": "pt"})
-        self._commit(file, data)
-        record = record | {"file": file, "files": {file: len(data)}, "sha256": hashlib.sha256(data).hexdigest(), "tensors": list(tensors)}
+        path = self.partial / file
+        replace_file(path, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        record = record | {"file": file, "files": {file: path.stat().st_size}, "sha256": file_sha256(path), "tensors": list(tensors)}
         kept = [r for r in self.records if not (r["kind"] == record["kind"] and r.get("block") == record.get("block"))]
         self.records = [*kept, record]
         self._rewrite(self.records) if len(kept) != len(self.records) - 1 else self._append(record)
@@ -164,14 +166,16 @@ class OutputFolder:
         replace_file(self.partial / name, data)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put bytes at a path so that a reader, or a crash, sees the old file or the new one and nothing between."""
+def replace_file(path: Path, content: bytes | dict[str, Tensor]) -> None:
+    """Put bytes, or tensors as safetensors, at a path so that a reader or a crash sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
+    if isinstance(content, dict):
+        safetensors.torch.save_file(content, temporary, {"format": "pt"})
+    else:
+        temporary.write_bytes(content)
+    os.chmod(temporary, 0o644)  # safetensors writes 0600
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
     os.rename(temporary, path)
     _sync_folder(path.parent)
 

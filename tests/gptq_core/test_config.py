@@ -20,6 +20,7 @@ def test_defaults_are_the_reference_schema():
         ({"bits": 5}, "bits = 5"),
         ({"bits": 4, "group_size": 0}, "group_size = 0"),
         ({"bits": 4, "group_size": -2}, "group_size = -2"),
+        ({"bits": 4, "group_size": True}, "group_size = True"),
         ({"bits": 4, "damp_percent": 0}, "damp_percent = 0"),
         ({"bits": 4, "damp_percent": 1}, "damp_percent = 1"),
         ({"bits": 4, "format": "awq"}, "format = 'awq'"),

@@ -1,5 +1,7 @@
 """The engine end to end on tiny models: files, refusals, resuming after kill -9."""
 
+import dataclasses
+import gc
 import json
 import os
 import signal
@@ -162,21 +164,47 @@ def test_kill_and_resume_gives_the_same_bytes(block, moment, tmp_path):
     assert bytes_of(out) == bytes_of(tmp_path / "whole" / "out")
 
 
-def test_a_damaged_block_file_is_done_again(tmp_path):
-    model = save_model("llama", tmp_path / "model")
+@pytest.mark.parametrize("harm", ["flip a bit", "delete"])
+@pytest.mark.parametrize("damaged", [0, 2, 3])
+def test_a_damaged_block_file_is_done_again_on_its_own_inputs(damaged, harm, tmp_path):
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=4)
     quantize(model, tmp_path / "whole" / "out", W4)
     out = tmp_path / "damaged" / "out"
     with Quantization.open(str(model), W4, windows(), out, device="cpu") as run:
-        run.quantize_block(0)
-        run.quantize_block(1)
-    shard = tmp_path / "damaged" / "out.partial" / "model-00001-of-00003.safetensors"
+        for index in range(4):
+            run.quantize_block(index)
+    shard = tmp_path / "damaged" / "out.partial" / f"model-{damaged + 1:05d}-of-00005.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
-    shard.write_bytes(data)
+    shard.write_bytes(data) if harm == "flip a bit" else shard.unlink()
     with Quantization.open(str(model), W4, windows(), out, device="cpu") as run:
-        assert [run.quantize_block(index)["resumed"] for index in range(2)] == [False, True]
+        assert [run.quantize_block(index)["resumed"] for index in range(4)] == [index != damaged for index in range(4)]
         run.assemble()
     assert bytes_of(out) == bytes_of(tmp_path / "whole" / "out")
+
+
+def test_memory_does_not_grow_with_depth(tmp_path):
+    """After every block only the activations and the model's small parts are alive: all parameters are back on meta."""
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=5)
+    live = []
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        for index in range(5):
+            run.quantize_block(index)
+            assert all(p.is_meta for p in run.decoder.model.parameters())
+            gc.collect()
+            live.append(sum(t.nbytes for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta))
+    # the last block has no next one to prefetch
+    assert max(live[1:4]) - min(live[1:4]) < 4096
+    assert live[4] <= live[3]
+
+
+def test_a_block_asked_for_again_is_answered_from_disk(tmp_path):
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=3)
+    quantize(model, tmp_path / "whole" / "out", W4)
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        assert [run.quantize_block(index)["resumed"] for index in (0, 1, 0, 2)] == [False, False, True, False]
+        run.assemble()
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole" / "out")
 
 
 def test_a_failure_inside_a_block_can_be_retried(tmp_path, monkeypatch):
@@ -277,11 +305,11 @@ def test_pickle_weights_missing_tensors_and_quantized_sources(tmp_path):
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
     save_file(tensors | {"model.layers.1.mlp.up_proj.weight": gone[:32].contiguous()}, weights, {"format": "pt"})
-    with (
-        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run,
-        pytest.raises(CorruptCheckpointError, match=r"shape \(32, 64\) on disk, \(128, 64\) expected"),
-    ):
-        run.quantize_block(1)
+    with pytest.raises(InputError, match=r"shape \(32, 64\) on disk, \(128, 64\) by config.json"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+    save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"} | {"model.layers.1.mlp.up_proj.weight": gone}, weights)
+    with pytest.raises(InputError, match=r"1 tensors of the model are missing, the first is 'lm_head\.weight'"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
     weights.rename(model / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pytorch_model\.bin"):
         Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
@@ -315,3 +343,69 @@ def test_names_without_the_base_prefix_are_found(tmp_path):
     torch.testing.assert_close(
         logits(quantized, windows().tokens), logits(dense_twin(model, quantized), windows().tokens), rtol=1e-4, atol=1e-4
     )
+
+
+def test_tied_by_config_but_two_tensors_on_disk(tmp_path):
+    model = save_model("qwen2_tied_with_bias", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, model / "model.safetensors", {"format": "pt"})
+    quantize(model, tmp_path / "out", W4)  # stored twice but equal: fine
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="ties lm_head.weight to model.embed_tokens.weight"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out2", device="cpu")
+
+
+def test_the_same_tokens_by_another_name_are_the_same_work(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    quantize(model, tmp_path / "out", W4)
+    renamed = dataclasses.replace(windows(), source="another name")
+    with Quantization.open(str(model), W4, renamed, tmp_path / "out", device="cpu") as run:
+        assert run.finished
+
+
+def test_other_code_is_other_work(tmp_path, monkeypatch):
+    model = save_model("llama", tmp_path / "model")
+    quantize(model, tmp_path / "out", W4)
+    monkeypatch.setattr("gptq_core.engine.code_sha256", lambda: "changed")
+    with pytest.raises(InputError, match="another version or device"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+
+
+def test_ids_beyond_the_vocabulary(tmp_path):
+    tokens = dataclasses.replace(windows(), tokens=windows().tokens + 5)
+    with pytest.raises(InputError, match="the model's vocabulary ends at 95"):
+        Quantization.open(str(save_model("llama", tmp_path / "model")), W4, tokens, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors.index.json", "output"])
+def test_broken_folders_get_one_line(broken, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    if broken == "output":
+        (tmp_path / "out").write_text("a file")
+    elif broken == "config.json":
+        (model / broken).write_text((model / broken).read_text().replace('"hidden_size": 64', '"hidden_size": "abc"'))
+    else:
+        (model / broken).write_text("{}")
+    with pytest.raises(InputError, match="out is a file" if broken == "output" else broken):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_in_a_model_folder_is_never_run(part, tmp_path):
+    """Not even when somebody, or a pipe, answers yes to the question that transformers would ask."""
+    model = save_model("llama", tmp_path / "model")
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    if part == "model":
+        config = json.loads((model / "config.json").read_text())
+        auto = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+        (model / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of", "auto_map": auto}))
+        call = "from gptq_core.architecture import load_config; load_config(Path(sys.argv[1]))"
+    else:
+        auto = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+        (model / "tokenizer_config.json").write_text(json.dumps(auto))
+        call = "from gptq_core.engine import load_tokenizer; load_tokenizer(sys.argv[1])"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    program = f"import sys; from pathlib import Path; {call}"
+    process = subprocess.run([sys.executable, "-c", program, model], env=env, input="y\n" * 9, capture_output=True, text=True)
+    assert "InputError" in process.stderr
+    assert not (tmp_path / "ran").exists()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import logits, quantize, save_model, windows
 
 from gptq_core import QuantizeConfig, QuantizedLinear, load_quantized
@@ -40,3 +41,18 @@ def test_dense_twin_has_the_same_logits_and_no_packed_parts(tmp_path):
     dense = to_dense(model)
     assert not any(isinstance(module, QuantizedLinear) for module in dense.modules())
     assert torch.equal(logits(dense, windows().tokens), before)
+
+
+def test_groups_counted_from_the_end_and_a_missing_g_idx(tmp_path):
+    """Other writers store negative group indices, or none where they are trivial."""
+    quantize(save_model("llama", tmp_path / "model"), tmp_path / "out", QuantizeConfig(bits=4, group_size=32))
+    before = logits(load_quantized(tmp_path / "out"), windows().tokens)
+    for number, shard in enumerate(sorted((tmp_path / "out").glob("*.safetensors"))):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("g_idx")]:
+            if number == 0:
+                tensors[name] = tensors[name] - (tensors[name].max() + 1)
+            else:
+                del tensors[name]
+        save_file(tensors, shard, {"format": "pt"})
+    assert torch.equal(logits(load_quantized(tmp_path / "out"), windows().tokens), before)
