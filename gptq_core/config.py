@@ -33,6 +33,10 @@ class Schema(BaseModel):
         return data
 
 
+RECIPES: dict[Any, dict[str, Any]] = {"tuned": {"static_groups": True, "scale_search": "weighted", "refit": True}}
+"""What a recipe sets where the config says nothing; the expanded fields are what is logged."""
+
+
 class QuantizeConfig(Schema):
     """What is computed for every quantized linear. Defaults are Optimum's."""
 
@@ -63,8 +67,13 @@ class QuantizeConfig(Schema):
     """Layout of the zeros on disk: 'gptq' stores zero - 1, 'gptq_v2' the zero itself."""
     backend: str | None = None
     """Who runs the quantized linears when the checkpoint is loaded. None or 'torch': this library, in plain torch."""
-    recipe: Literal["classic"] = "classic"
-    """A named set of the fields above. classic: the paper's method, option for option as in Optimum and GPTQModel."""
+    scale_search: Literal["min_max", "weighted"] = "min_max"
+    """Scales from the extremes of a group, or searched for the least error weighted by diag(H); symmetric ones may be negative."""
+    refit: bool = False
+    """After the sweep, solve for the scales again with the codes frozen, and keep them where the loss falls."""
+    recipe: Literal["classic", "tuned"] = "classic"
+    """A named set of defaults for the fields above. classic: the paper's method, option for option as in Optimum and GPTQModel.
+    tuned: static groups in activation order, searched and refitted scales; better at equal bits, in the same files."""
     strict: bool = True
     """A linear that cannot be packed (size not divisible) is an error. False: it is left in its dtype and reported."""
     on_failure: Literal["error", "round"] = "error"
@@ -89,7 +98,7 @@ class QuantizeConfig(Schema):
     def _defaults_give_way(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = dict(data)
+        data = {**RECIPES.get(data.get("recipe"), {}), **data}
         if data.get("desc_act") is True or data.get("static_groups") is True:
             data.setdefault("act_group_aware", False)
         if data.get("static_groups") is True:

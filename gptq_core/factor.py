@@ -36,6 +36,8 @@ class Factor:
     """The damping that worked."""
     failed_attempts: int
     """Cholesky attempts that failed before it."""
+    damped: Float[Tensor, "n n"]
+    """H + λI, columns in their original order."""
 
 
 def column_order(diagonal: Float[Tensor, " n"], config: QuantizeConfig) -> Int[Tensor, " n"]:
@@ -69,14 +71,14 @@ def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str)
             "finite: check the model's weights and the calibration text, or load the model in float32 (model.dtype)"
         )
     order = column_order(diagonal, config)
-    permuted = hessian[order][:, order]
     for attempt, factor in enumerate(DAMPING_SCHEDULE):
         damp = config.damp_percent * factor
-        damped = permuted.clone()
+        damped = hessian.clone()
         damped.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        backwards = order.flip(0)
+        lower, info = torch.linalg.cholesky_ex(damped[backwards][:, backwards])
         if int(info) == 0:
-            return Factor(lower.flip(0, 1), order, damp, attempt)
+            return Factor(lower.flip(0, 1), order, damp, attempt, damped)
     tried = ", ".join(f"{config.damp_percent * f:g}" for f in DAMPING_SCHEDULE)
     raise FactorizationError(
         f"{layer}: the Hessian is not positive definite with damp_percent {tried}; calibrate on more tokens or raise damp_percent, "

@@ -16,6 +16,14 @@ from gptq_core.config import QuantizeConfig
 
 SMALLEST_SCALE = 2.0**-24
 """Smallest positive float16."""
+COARSE_STEPS, FINE_STEPS = 16, 4
+SMALLEST_SHARE, LARGEST_SHARE = 0.4, 1.1
+"""The search looks at scales from this share of the one that covers the extreme to a little beyond it."""
+
+
+def fit(weights: Float[Tensor, "columns out"], importance: Float[Tensor, " columns"], config: QuantizeConfig) -> tuple[Tensor, Tensor]:
+    """Scale and zero (out,) of one group, as `config.scale_search` says. importance: diag(H) of the group's columns."""
+    return min_max(weights, config) if config.scale_search == "min_max" else searched(weights, importance, config)
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,53 @@ def min_max(weights: Float[Tensor, "columns out"], config: QuantizeConfig) -> tu
     return scale, torch.round(-low / scale).clamp(config.smallest_zero, config.max_code)
 
 
+def searched(
+    weights: Float[Tensor, "columns out"], importance: Float[Tensor, " columns"], config: QuantizeConfig
+) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+    """Scale and zero of one group for each output with the least Σ importance · (w - w~)², by a coarse and then a fine grid.
+
+    Symmetric: the codes reach one step further down than up, so a scale of either sign is tried: the extreme of a group lies on
+    the longer side. Asymmetric: the range shrinks around its middle, and the zero is tried one step to either side.
+    """
+    weight = importance.unsqueeze(1)
+    low, high = weights.amin(0), weights.amax(0)
+    if config.sym:
+        base, middle = torch.maximum(-low, high) / 2 ** (config.bits - 1), torch.zeros_like(low)
+        signs, shifts = (1.0, -1.0), (0,)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        base, middle = (high - low) / config.max_code, (high + low) / 2
+        signs, shifts = (1.0,), (-1, 0, 1)
+    best = torch.full_like(base, torch.inf)
+    chosen, zero_point, share = torch.ones_like(base), torch.zeros_like(base), torch.ones_like(base)
+
+    def consider(shares: Tensor, sign: Tensor | float, shift: int) -> None:
+        scale = _float16_exact(sign * shares * base)
+        if config.sym:
+            zero = torch.full_like(scale, 2 ** (config.bits - 1))
+        else:
+            # the middle of the range falls on the middle of the codes
+            zero = torch.round(config.max_code / 2 - middle / scale).add_(shift).clamp_(config.smallest_zero, config.max_code)
+        error = quantize(weights, scale, zero, config.max_code).sub_(zero).mul_(scale).sub_(weights).square_().mul_(weight).sum(0)
+        better = error < best
+        for kept, new in ((best, error), (chosen, scale), (zero_point, zero), (share, sign * shares)):
+            kept.copy_(torch.where(better, new, kept))
+
+    for step in range(COARSE_STEPS):
+        fraction = SMALLEST_SHARE + (LARGEST_SHARE - SMALLEST_SHARE) * step / (COARSE_STEPS - 1)
+        for sign in signs:
+            for shift in shifts:
+                consider(torch.full_like(base, fraction), sign, shift)
+    around, spacing = share.clone(), (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
+    for step in range(1, FINE_STEPS):
+        for side in (-1, 1):
+            consider(around.abs() + side * spacing * step / FINE_STEPS, around.sign(), 0)
+    return chosen, zero_point
+
+
 def _float16_exact(scale: Tensor) -> Tensor:
-    scale = torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), 1.0)
-    return scale.to(torch.float16).to(scale.dtype)
+    magnitude = torch.where(scale != 0, scale.abs().clamp(min=SMALLEST_SCALE), 1.0)
+    return torch.copysign(magnitude, scale).to(torch.float16).to(scale.dtype)
 
 
 def quantize(weights: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:
@@ -63,3 +115,44 @@ def dequantize(
     group = g_idx.long()
     centred = codes.float() - zeros.float()[group]
     return (centred * scales.float()[group]).T.to(dtype).contiguous()
+
+
+def refitted(
+    weight: Float[Tensor, "columns out"],
+    codes: UInt8[Tensor, "columns out"],
+    fitted: Grid,
+    g_idx: Int[Tensor, " columns"],
+    damped: Float[Tensor, "columns columns"],
+) -> tuple[Float[Tensor, "groups out"], Float[Tensor, " out"]]:
+    """Scales with the least (w - w~)(H + λI)(w - w~)ᵀ for frozen codes, and how much lower the loss of each output becomes.
+
+    Least squares over the group scales of each row: A s = b with A_gh = q_g H_gh q_hᵀ, b_g = q_g (H w)_g, q = code - zero. A row
+    whose loss does not fall once its scales are float16 keeps them as they are.
+    """
+    grouped = torch.argsort(g_idx, stable=True)
+    groups, out = fitted.scales.shape
+    centred = (codes.to(weight.dtype) - fitted.zeros[g_idx])[grouped]  # (columns, out), groups contiguous
+    damped, weight = damped[grouped][:, grouped], weight[grouped]
+    size = centred.shape[0] // groups
+    parts = centred.view(groups, size, out)
+    pulled = ((damped @ weight) * centred).view(groups, size, out).sum(1)  # b: (groups, out)
+    normal = weight.new_empty(out, groups, groups)
+    for g in range(groups):
+        reached = damped[:, g * size : (g + 1) * size] @ parts[g]  # (columns, out)
+        normal[:, :, g] = (reached * centred).view(groups, size, out).sum(1).T
+    right = pulled.T.double()  # (out, groups)
+    left = normal.double()
+    # a group whose codes are all at the zero point has no scale to solve for; a whisper of the identity leaves it where it is
+    ridge = left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * 1e-9
+    left = left + torch.diag_embed(ridge.unsqueeze(1).expand(-1, groups))
+    before = fitted.scales.T.double()
+    step, info = torch.linalg.solve_ex(left, (right - torch.einsum("ogh,oh->og", left, before)).unsqueeze(2))
+    after = (before + step.squeeze(2)).to(torch.float16).double()
+
+    def objective(scales: Tensor) -> Tensor:
+        return (scales * torch.einsum("ogh,oh->og", left, scales)).sum(1) - 2 * (scales * right).sum(1)
+
+    gain = objective(before) - objective(after)
+    kept = (gain > 0) & (info == 0) & torch.isfinite(after).all(1) & (after != 0).all(1)
+    scales = torch.where(kept.unsqueeze(1), after, before).T.to(fitted.scales.dtype)
+    return scales.contiguous(), torch.where(kept, gain, 0.0).to(weight.dtype)

@@ -68,22 +68,29 @@ def solve(weight: Float[Tensor, "out columns"], factor: Factor, config: Quantize
     fit_during_sweep = not config.static_groups and groups > 1
     if not fit_during_sweep:
         for g in range(groups):
-            fitted.scales[g], fitted.zeros[g] = grid.min_max(target[g * size : (g + 1) * size], config)
+            part = slice(g * size, (g + 1) * size)
+            fitted.scales[g], fitted.zeros[g] = grid.fit(target[part], factor.damped.diagonal()[part], config)
     # groups follow the processing order under desc_act; in every other order a column keeps its own group
     g_idx = torch.empty_like(original_group)
     g_idx[factor.order] = original_group if config.desc_act else original_group[factor.order]
     fit = config if fit_during_sweep else None
-    codes, loss = sweep(target[factor.order], factor.upper, g_idx[factor.order], fitted, fit)
+    importance = factor.damped.diagonal()[factor.order]
+    codes, loss = sweep(target[factor.order], factor.upper, g_idx[factor.order], fitted, fit, importance)
     restored = torch.empty_like(codes)
     restored[factor.order] = codes
-    return Solution(restored, fitted.scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss)
+    scales = fitted.scales
+    if config.refit:
+        scales, gain = grid.refitted(target, restored, fitted, g_idx, factor.damped)
+        loss -= gain
+    return Solution(restored, scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss)
 
 
 def round_to_nearest(weight: Float[Tensor, "out columns"], config: QuantizeConfig) -> Solution:
     """Every weight to its nearest code on min-max scales: what a failed factorization falls back to where that is allowed."""
     columns = weight.shape[1]
-    identity = Factor(torch.eye(columns, device=weight.device), torch.arange(columns, device=weight.device), config.damp_percent, 0)
-    plain = config.model_copy(update={"desc_act": False})
+    eye = torch.eye(columns, device=weight.device)
+    identity = Factor(eye, torch.arange(columns, device=weight.device), config.damp_percent, 0, eye)
+    plain = config.model_copy(update={"desc_act": False, "scale_search": "min_max", "refit": False})
     return solve(weight.float(), identity, plain)
 
 
@@ -93,11 +100,13 @@ def sweep(
     group_of: Int[Tensor, " columns"],
     fitted: grid.Grid,
     fit: QuantizeConfig | None,
+    importance: Float[Tensor, " columns"],
 ) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, " out"]]:
     """Codes (in, out) and loss (out,) of a target in processing order.
 
     `group_of` gives the group of each position. With `fit`, each group is a run of positions and its row of `fitted` is filled
-    when the sweep reaches it; without, `fitted` is complete and groups may be interleaved.
+    when the sweep reaches it, `importance` (diag(H) by position) weighing its columns; without, `fitted` is complete and groups
+    may be interleaved.
     """
     columns, out = target.shape
     groups = group_of.tolist()
@@ -118,7 +127,7 @@ def sweep(
         for start, stop in _sub_blocks(end - begin, run):
             if fit and start % run == 0:
                 g = groups[begin + start]
-                fitted.scales[g], fitted.zeros[g] = grid.min_max(now[start : start + run], fit)
+                fitted.scales[g], fitted.zeros[g] = grid.fit(now[start : start + run], importance[begin + start : begin + start + run], fit)
             for i in range(start, stop):
                 g = groups[begin + i]
                 code = grid.quantize(now[i], fitted.scales[g], fitted.zeros[g], fitted.max_code)

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def problem(columns: int, rows: int = 24, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight and a correlated Hessian with a wide spectrum."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, columns, generator=g) @ torch.randn(columns, columns, generator=g) * torch.rand(columns, generator=g)
+    return torch.randn(rows, columns, generator=g), x.T @ x / 600
+
+
 def textbook_gptq(
     weight: Tensor,
     hessian: Tensor,

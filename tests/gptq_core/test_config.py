@@ -52,6 +52,16 @@ def test_static_groups_bring_activation_order_unless_told():
     assert not QuantizeConfig(bits=4, static_groups=True, activation_order=False).activation_order
 
 
+def test_a_recipe_is_its_fields_and_each_can_be_overridden():
+    tuned = QuantizeConfig(bits=4, recipe="tuned")
+    assert (tuned.static_groups, tuned.activation_order, tuned.scale_search, tuned.refit) == (True, True, "weighted", True)
+    assert not tuned.act_group_aware
+    assert not QuantizeConfig(bits=4, recipe="tuned", refit=False).refit
+    assert QuantizeConfig(**tuned.model_dump()) == tuned
+    classic = QuantizeConfig(bits=4)
+    assert (classic.static_groups, classic.scale_search, classic.refit) == (False, "min_max", False)
+
+
 def test_frozen():
     with pytest.raises(ValidationError):
         QuantizeConfig(bits=4).bits = 3

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from oracles import textbook_gptq
+from oracles import problem, textbook_gptq
 
 from gptq_core.config import QuantizeConfig
 from gptq_core.factor import factorize
@@ -17,13 +17,6 @@ ORDERS = {
     "static": {"static_groups": True, "activation_order": False},
     "static_ordered": {"static_groups": True},
 }
-
-
-def problem(columns: int, rows: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and a correlated Hessian with a wide spectrum."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(600, columns, generator=g) @ torch.randn(columns, columns, generator=g) * torch.rand(columns, generator=g)
-    return torch.randn(rows, columns, generator=g), x.T @ x / 600
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -48,10 +41,19 @@ def test_codes_equal_the_textbook(bits, sym, group_size, order):
     torch.testing.assert_close(single.loss.double().sum(), expected["loss"].sum(), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_loss_is_the_quadratic_form_of_the_written_weight(order):
+REFITTED = {
+    "tuned": {"recipe": "tuned"},
+    "tuned_asym": {"recipe": "tuned", "sym": False},
+    "tuned_row": {"recipe": "tuned", "group_size": -1},
+    "desc_act_refit": {"desc_act": True, "refit": True, "scale_search": "weighted"},
+    "group_aware_search": {"scale_search": "weighted"},
+}
+
+
+@pytest.mark.parametrize("fields", [*ORDERS.values(), *REFITTED.values()], ids=[*ORDERS, *REFITTED])
+def test_loss_is_the_quadratic_form_of_the_written_weight(fields):
     weight, hessian = problem(256)
-    config = QuantizeConfig(bits=3, group_size=64, damp_percent=0.02, **ORDERS[order])
+    config = QuantizeConfig(**{"bits": 3, "group_size": 64, "damp_percent": 0.02, **fields})
     solved = solve(weight.double(), factorize(hessian.double(), config, "layer"), config)
     error = weight.double() - solved.weight(torch.float64)
     damped = hessian.double() + 0.02 * hessian.double().diagonal().mean() * torch.eye(256)
