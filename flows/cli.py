@@ -212,8 +212,12 @@ def quiet() -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
+    from flows.orphans import end_server_with_us
     from gptq_core.errors import GPTQError
 
+    # with a server of the person's own, Prefect starts none
+    if "PREFECT_API_URL" not in os.environ:
+        end_server_with_us()
     disable_progress_bar()  # two bars on one line, and noise in a file
 
     def ours(entry: logging.LogRecord) -> bool:

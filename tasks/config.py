@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from gptq_core.config import QuantizeConfig, Schema, explain
 from gptq_core.errors import InputError
 
 Positive = Annotated[int, Field(gt=0)]
+Judged = Annotated[int, Field(ge=2)]
+"""Length of an evaluation window: its first token has nothing to be predicted from."""
+
+
+def _known_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value, re.ASCII):
+        raise ValueError("must be auto, cpu, cuda or cuda:N, such as cuda:0")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_known_device)]
 
 
 class ModelConfig(Schema):
@@ -24,8 +35,8 @@ class ModelConfig(Schema):
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the main branch. Without meaning for a folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which the blocks are forwarded; auto: the one in which the model is stored."""
-    device: str = "auto"
+    """Type in which the blocks are forwarded; auto: float32 on the CPU, the one in which the model is stored on a GPU."""
+    device: Device = "auto"
     """cpu, cuda or cuda:N; auto: cuda where there is one."""
 
 
@@ -41,7 +52,7 @@ class CalibrationConfig(Schema):
 class EvaluationConfig(Schema):
     dataset: str | list[str] | list[list[int]] | None = None
     """Held-out text, as quantization.dataset; null: the end of the calibration text, kept apart from calibration."""
-    seqlen: Positive = 2048
+    seqlen: Judged = 2048
     """Tokens in a window; cut to what the model allows."""
     kl: bool = True
     """Also measure KL(original || quantized) per token in nats, and how often both prefer the same next token."""
@@ -58,16 +69,30 @@ class OutputConfig(Schema):
     @field_validator("dir")
     @classmethod
     def _named(cls, value: str | None) -> str | None:
-        if value is not None and Path(value).name in ("", ".."):
+        if value is None:
+            return None
+        try:
+            name = Path(value).expanduser().name
+        except RuntimeError as error:  # ~somebody who is not on this machine
+            raise ValueError(f"{error}: give the whole path".replace("..:", ":")) from error
+        if name in ("", ".."):
             raise ValueError("must name a folder of its own, such as runs/my-model-w4")
         return value
 
 
 class TrackingConfig(Schema):
     uri: Annotated[str, Field(min_length=1)] = "sqlite:///mlflow.db"
-    """MLflow tracking URI: sqlite:///FILE.db or http(s)://HOST:PORT."""
+    """MLflow tracking URI: sqlite:///FILE.db or http(s)://HOST:PORT; postgresql://, mysql:// and mssql:// need their drivers."""
     experiment: Annotated[str, Field(min_length=1)] = "gptq"
     """MLflow experiment; made where it does not exist."""
+
+    @field_validator("uri")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        # now, not after hours: MLflow would look at it at the end of the run
+        if not re.match(r"sqlite:///.|https?://.|(postgresql|mysql|mssql)(\+\w+)?://.", value):
+            raise ValueError("must be sqlite:///FILE.db, http(s)://HOST:PORT, or postgresql://, mysql:// or mssql:// (also as DIALECT+DRIVER://)")
+        return value
 
 
 class RunConfig(Schema):
@@ -88,7 +113,7 @@ class RunConfig(Schema):
     def out(self) -> Path:
         """Folder of the checkpoint, with the default filled in."""
         if self.output.dir is not None:
-            return Path(self.output.dir)
+            return Path(self.output.dir).expanduser()
         name = re.sub(r"[^\w.-]+", "-", Path(self.model.path).resolve().name if Path(self.model.path).is_dir() else self.model.path)
         group = "row" if self.quantization.group_size == -1 else self.quantization.group_size
         return Path("runs") / f"{name.strip('.-') or 'model'}-w{self.quantization.bits}g{group}"

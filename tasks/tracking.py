@@ -38,13 +38,15 @@ def log_to_mlflow(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
     # a server that is away would hold the run for four minutes with MLflow's defaults, five seconds with these
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    from alembic.util.exc import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     outcome = {"run_id": None, "uri": config.tracking.uri, "experiment": config.tracking.experiment, "error": None}
     try:
         outcome["run_id"] = _log(config, record)
-    except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
+    # requests' errors are OSErrors; a database whose driver is not installed is an ImportError, one of a newer MLflow a CommandError
+    except (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError) as error:
         outcome["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return outcome
 

@@ -1,12 +1,14 @@
-"""The README's commands exist and parse; those that are quick and need nothing are run."""
+"""The README's commands exist, parse, and do on a model of two blocks what they say, as they are written there."""
 
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from flows.cli import app
 
@@ -35,6 +37,36 @@ def test_commands_of_the_pipeline_parse(commands):
 def test_quick_commands_run(request):
     done = subprocess.run([sys.executable, "-m", "flows", "--help"], cwd=request.config.rootpath, capture_output=True, text=True)
     assert done.returncode == 0 and "quantize" in done.stdout
+
+
+def test_the_pipeline_runs_as_it_is_written(commands, request, prefect_server, tiny_llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # what stands for a person's own files, and what configs/quantize.yaml expects to find
+    (tmp_path / "configs").symlink_to(request.config.rootpath / "configs")
+    text = tmp_path / "short.txt"
+    text.write_text(corpus.read_text()[:12_000])
+    for link, target in {"DIR": tiny_llama, "FILE.txt": text, "models/my-model": tiny_llama, "data/calibration.txt": text}.items():
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(target)
+    ran = []
+    for name, *args in (words[3:] for words in commands if words[:3] == ["python", "-m", "flows"]):
+        if name == "quantize" and "quantize" in ran:
+            # a second run of the same OUT is refused, as it should be
+            args = [arg.replace("output.dir=OUT", "output.dir=OUT3") for arg in args]
+        result = CliRunner().invoke(app, [name, *args])
+        assert result.exit_code == 0, (name, args, result.output)
+        ran.append(name)
+    assert ran == ["--help", "quantize", "quantize", "evaluate", "inspect", "dequantize"]
+    for made in ("OUT", "OUT3", "DENSE"):
+        assert (tmp_path / made / "config.json").is_file()
+    assert (tmp_path / "mlflow.db").is_file()
+
+
+def test_the_servers_it_names_are_installed(commands):
+    tools = {words[0] for words in commands} - {"make", "python"}
+    assert tools == {"mlflow", "prefect"}
+    beside = Path(sys.executable).parent
+    assert [tool for tool in tools if not any((beside / (tool + end)).is_file() for end in ("", ".exe"))] == []
 
 
 def test_the_library_it_shows_exists():

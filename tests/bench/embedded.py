@@ -1,4 +1,4 @@
-"""What 4, 3 and 2 bits do to the embedded model, rounded to nearest and by GPTQ: one markdown table.
+"""What 4, 3 and 2 bits do to the embedded model: rounded to nearest, and by GPTQ with each recipe. One markdown table.
 
     python tests/bench/embedded.py
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, evaluate_pair, evaluation_windows
-from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.engine import load_tokenizer
 from gptq_core.solver import round_to_nearest
 from gptq_core.walk import InputGroup
@@ -33,10 +32,10 @@ class RoundedToNearest(Quantization):
             }  # fmt: skip
 
 
-def judge(kind: type[Quantization], bits: int, calibration: Windows, heldout: Windows) -> dict:
+def judge(kind: type[Quantization], config: QuantizeConfig, calibration: Windows, heldout: Windows) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        with kind.open(MODEL, QuantizeConfig(bits=bits), calibration, out, device="cpu") as run:
+        with kind.open(MODEL, config, calibration, out, device="cpu") as run:
             for index in range(run.block_count):
                 run.quantize_block(index)
             run.assemble()
@@ -45,13 +44,13 @@ def judge(kind: type[Quantization], bits: int, calibration: Windows, heldout: Wi
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    Checkpoint(Path(MODEL))
     tokenizer = load_tokenizer(MODEL)
     calibration = calibration_windows(str(EMBEDDED / "train.parquet"), tokenizer, 128, 256, 0)
     heldout = evaluation_windows(str(EMBEDDED / "heldout.parquet"), tokenizer, 256)
-    print("| bits | rounded: perplexity | KL | GPTQ: perplexity | KL |\n|---|---|---|---|---|")
+    print("| bits | rounded: perplexity | KL | classic: perplexity | KL | tuned: perplexity | KL |\n|---|---|---|---|---|---|---|")
+    ways = ((RoundedToNearest, "classic"), (Quantization, "classic"), (Quantization, "tuned"))
     for bits in (4, 3, 2):
-        nearest, solved = (judge(kind, bits, calibration, heldout) for kind in (RoundedToNearest, Quantization))
-        cells = [f"{result[key]:{form}}" for result in (nearest, solved) for key, form in (("quantized_perplexity", ".2f"), ("kl", ".4f"))]
+        results = [judge(kind, QuantizeConfig(bits=bits, recipe=recipe), calibration, heldout) for kind, recipe in ways]
+        cells = [f"{result[key]:{form}}" for result in results for key, form in (("quantized_perplexity", ".2f"), ("kl", ".4f"))]
         print(f"| {bits} | {' | '.join(cells)} |")
-    print(f"\noriginal perplexity {nearest['original_perplexity']:.2f}")
+    print(f"\noriginal perplexity {results[0]['original_perplexity']:.2f}")

@@ -51,6 +51,11 @@ GOOD = ["--model", "good", "--dataset", "good.txt", "--bits", "4", "--group-size
     ([*GOOD, "--format", "awq"], "quantization.format = 'awq'"),
     ([*GOOD, "--damp-percent", "1"], "damp_percent"),
     ([*GOOD, "--samples", "0"], "calibration.samples = 0"),
+    ([*GOOD, "--device", "foo"], "model.device = 'foo': must be auto, cpu, cuda or cuda:N"),
+    ([*GOOD, "--device", ""], "model.device = ''"),
+    ([*GOOD, "--device", "meta"], "model.device = 'meta'"),
+    ([*GOOD, "--seqlen", "1"], "evaluation.seqlen = 1"),
+    ([*GOOD, "--set", "tracking.uri=mlruns"], "tracking.uri = 'mlruns': must be sqlite:///FILE.db"),
     ([*GOOD, "--desc-act", "--set", "quantization.act_group_aware=true"], "act_group_aware"),
     (["run.yaml"], "did you mean 'group_size'"),
     (["gone.yaml"], "gone.yaml"),
@@ -64,7 +69,10 @@ def test_wrong_input_is_one_line_and_exit_2_and_costs_nothing(broken, args, said
     assert sorted(path.name for path in broken.iterdir()) == before
 
 
-@pytest.mark.parametrize("args", [["inspect", "gone"], ["evaluate", "gone"], ["evaluate", "."], ["evaluate", ".", "--samples", "0"]])
+@pytest.mark.parametrize("args", [
+    ["inspect", "gone"], ["evaluate", "gone"], ["evaluate", "."], ["evaluate", ".", "--samples", "0"],
+    ["evaluate", "good", "--dataset", "good.txt", "--seqlen", "1"], ["evaluate", "good", "--dataset", "good.txt", "--device", "meta"],
+])  # fmt: skip
 def test_a_checkpoint_that_is_none_is_one_line_and_exit_2(broken, args):
     result = call(*args)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1

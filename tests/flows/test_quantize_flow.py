@@ -1,6 +1,7 @@
 """The flow from end to end on a model of two blocks, with a Prefect server and an MLflow store of its own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,21 @@ def test_nothing_that_differs_between_runs_is_in_the_checkpoint(done, home, args
     again = [home / "again" if arg == home / "out" else arg for arg in args]
     assert call(*again).exit_code == 0
     first, second = files(home / "out"), files(home / "again")
-    names = {"README.md"}  # the card is titled by the folder
-    assert first.keys() == second.keys() and all(first[name] == second[name] for name in first.keys() - names)
+    # the card tells the numbers of the evaluation: both runs have evaluated
+    assert records.read(home / "out")["evaluation"] and records.read(home / "again")["evaluation"]
+    assert first.keys() == second.keys() and [name for name in first if first[name] != second[name]] == []
+
+
+def test_a_checkpoint_of_another_config_is_replaced_only_when_asked_to(done, home, args):
+    old = home / "replaced"
+    shutil.copytree(home / "out", old)
+    before, other = files(old), [3 if arg == 4 else old if arg == home / "out" else arg for arg in args]
+    result = call(*other)
+    assert result.exit_code == 2 and "--overwrite" in result.stderr and result.stderr.count("\n") == 1
+    assert files(old) == before
+    result = call(*other, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert json.loads(call("inspect", old, "--json").stdout)["bits"] == 3
 
 
 def test_finished_work_is_not_done_twice(done, home, args):
@@ -126,7 +140,8 @@ def test_what_the_engine_refuses_is_not_tried_again(home, args, monkeypatch):
 def test_evaluate_and_inspect(done, home, corpus, tiny_llama):
     result = call("evaluate", home / "out", "--json")
     same = json.loads(result.stdout)
-    assert same["kl"] == pytest.approx(records.read(home / "out")["evaluation"]["kl"])
+    told = records.read(home / "out")["evaluation"]
+    assert same["kl"] == pytest.approx(told["kl"]) and same["digest"] == told["digest"]
     other = json.loads(call("evaluate", home / "out", "--dataset", corpus, "--samples", 2, "--seqlen", 32, "--json").stdout)
     assert (other["windows"], other["seqlen"], other["original"]) == (2, 32, str(tiny_llama))
     found = json.loads(call("inspect", home / "out", "--json").stdout)

@@ -50,6 +50,24 @@ def test_default_output_is_one_folder_under_runs():
         assert out.parent.name == "runs" and len(out.parts) == 2, path
 
 
+def test_a_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert from_dict(LEAST, {"output.dir": "~/x"}).out == tmp_path / "x"
+
+
+@pytest.mark.parametrize("uri", [
+    "sqlite:///mlflow.db", "sqlite:////abs/mlflow.db", "http://host:5000", "https://host", "postgresql://u:p@host/db",
+    "postgresql+psycopg2://host/db", "mysql+pymysql://host/db", "mssql+pyodbc://host/db",
+])  # fmt: skip
+def test_stores_that_mlflow_takes(uri):
+    assert from_dict(LEAST, {"tracking.uri": uri}).tracking.uri == uri
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices(device):
+    assert from_dict(LEAST, {"model.device": device}).model.device == device
+
+
 def test_overrides_win_and_are_yaml():
     config = from_dict(LEAST, dict(parse_setting(s) for s in ["quantization.sym=false", "output.dir=a=b", "evaluation.samples=null"]))
     assert config.quantization.sym is False and str(config.out) == "a=b" and config.evaluation.samples is None
@@ -71,6 +89,15 @@ def test_flat_holds_every_key_and_only_counts_texts():
     ({"quantization.dataset": None}, "quantization.dataset is required"),
     ({"quantization.desc_act": True, "quantization.act_group_aware": True}, "act_group_aware"),
     ({"output.dir": ""}, "output.dir"),
+    ({"output.dir": "~nobody-of-this-name/x"}, "output.dir"),
+    ({"model.device": "meta"}, "auto, cpu, cuda or cuda:N"),
+    ({"model.device": "cuda:0\n"}, "model.device"),
+    ({"model.device": "cuda:"}, "model.device"),
+    ({"evaluation.seqlen": 1}, "evaluation.seqlen = 1"),
+    ({"tracking.uri": "mlruns"}, "sqlite:///FILE.db, http(s)://HOST:PORT"),
+    ({"tracking.uri": "foo://bar"}, "postgresql://"),
+    ({"tracking.uri": "sqlite://"}, "tracking.uri"),
+    ({"tracking.uri": "file:///tmp/mlruns"}, "tracking.uri"),
     ({"bits": 4}, "section.key"),
     ({"model.path.x": 4}, "section.key"),
 ])  # fmt: skip

@@ -1,4 +1,5 @@
 import pytest
+from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 
 from tasks import record as records
@@ -53,7 +54,8 @@ def test_everything_is_logged_once_however_often_it_is_tried(config, record):
     assert {item.path for item in client.list_artifacts(first["run_id"])} == {"manifest.jsonl", "config.yaml", "relative_error.png"}
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x"])
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x",
+                                 "mysql+no_such_driver://127.0.0.1:1/db"])
 def test_a_store_that_is_away_costs_only_its_copy(config, record, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
@@ -62,6 +64,16 @@ def test_a_store_that_is_away_costs_only_its_copy(config, record, monkeypatch, u
     kept = records.read(config.out)
     assert kept["evaluation"] == record["evaluation"] and kept["mlflow"] == outcome
     assert log_to_mlflow(config, record)["error"] is None, "a later try records it"
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'psycopg2'"), CommandError("Can't locate revision")])
+def test_a_missing_driver_and_a_newer_database_are_told_in_one_line(config, record, monkeypatch, error):
+    def fails(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("mlflow.MlflowClient", fails)
+    outcome = log_to_mlflow(config, record)
+    assert outcome["run_id"] is None and outcome["error"] == f"{type(error).__name__}: {error}"
 
 
 def test_names_that_mlflow_refuses_are_rewritten():
