@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from gptq_core.config import QuantizeConfig, Schema, explain
 from gptq_core.errors import InputError
@@ -93,6 +93,11 @@ class TrackingConfig(Schema):
         if not re.match(r"sqlite:///.|https?://.|(postgresql|mysql|mssql)(\+\w+)?://.", value):
             raise ValueError("must be sqlite:///FILE.db, http(s)://HOST:PORT, or postgresql://, mysql:// or mssql:// (also as DIALECT+DRIVER://)")
         return value
+
+    @field_serializer("uri")
+    def _without_password(self, value: str) -> str:
+        # dumps go into the run record, MLflow's parameters and Prefect's pages; only the object itself is used to connect
+        return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)
 
 
 class RunConfig(Schema):

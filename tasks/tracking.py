@@ -42,7 +42,7 @@ def log_to_mlflow(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    outcome = {"run_id": None, "uri": config.tracking.uri, "experiment": config.tracking.experiment, "error": None}
+    outcome = {"run_id": None, "uri": config.flat()["tracking.uri"], "experiment": config.tracking.experiment, "error": None}
     try:
         outcome["run_id"] = _log(config, record)
     # requests' errors are OSErrors; a database whose driver is not installed is an ImportError, one of a newer MLflow a CommandError

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# shapes and dtypes of the engine's signatures are checked in every test; before anything imports the engine
+install_import_hook("gptq_core", "beartype.beartype")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -122,3 +122,11 @@ def test_a_setting_needs_key_and_value():
     for wrong in ("quantization.bits", "=4", "a.b=["):
         with pytest.raises(InputError, match="--set"):
             parse_setting(wrong)
+
+
+def test_a_password_in_the_tracking_uri_is_in_no_dump():
+    values = {"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
+    config = from_dict(values | {"tracking": {"uri": "postgresql://user:s3cret@host/db"}})
+    assert config.tracking.uri == "postgresql://user:s3cret@host/db"
+    assert "s3cret" not in config.to_yaml() + config.model_dump_json() + str(config.flat())
+    assert config.flat()["tracking.uri"] == "postgresql://user:***@host/db"
