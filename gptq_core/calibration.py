@@ -57,11 +57,11 @@ class Windows:
         chosen = torch.arange(samples) * self.count // samples
         return replace(self, tokens=self.tokens[chosen])
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         save_file({"tokens": self.tokens.contiguous()}, path, {"source": self.source, "total_windows": str(self.total_windows)})
 
     @classmethod
-    def load(cls, path: Path) -> Windows:
+    def load(cls, path: str | Path) -> Windows:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             return cls(file.get_tensor("tokens"), metadata["source"], int(metadata["total_windows"]))

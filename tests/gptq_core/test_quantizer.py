@@ -81,7 +81,7 @@ def test_dict_round_trip():
     assert again.config == quantizer.config
     assert again.to_dict() == quantizer.to_dict()
     with pytest.raises(TypeError, match="bitz"):
-        GPTQQuantizer.from_dict({"bitz": 4})
+        GPTQQuantizer.from_dict({"bits": 4, "bitz": 4})
 
 
 @pytest.mark.parametrize(
