@@ -7,8 +7,8 @@ from typing import Any
 
 from gptq_core.calibration import Windows, evaluation_windows
 from gptq_core.config import Schema
-from gptq_core.engine import load_tokenizer, model_limits
 from gptq_core.errors import InputError
+from gptq_core.source import load_tokenizer, model_limits
 from tasks import record as records
 from tasks.config import Device, Judged, Positive, from_dict
 from tasks.prepare import prepare

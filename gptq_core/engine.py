@@ -29,7 +29,6 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gptq_core import architecture, grid, selection, solver, walk
 from gptq_core.calibration import Windows
@@ -39,13 +38,11 @@ from gptq_core.checkpoint.reader import INDEX, Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError
-from gptq_core.factor import Factor, factorize
+from gptq_core.factor import factorize
 from gptq_core.hessian import Hessian
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
-POWER_ROWS = 256
-"""Rows of a layer on which its output power is measured for the relative error; all of them would cost another sweep."""
 
 
 @functools.cache
@@ -53,26 +50,6 @@ def code_sha256() -> str:
     """sha256 of this library's own sources: another solver is other work, whatever the version says."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
-
-
-def load_tokenizer(model_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises InputError when the folder has none."""
-    folder = resolve(model_path, revision)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
-
-
-def model_limits(model_path: str, revision: str | None = None) -> int:
-    """The longest window of tokens that the model allows."""
-    return window_limit(architecture.load_config(resolve(model_path, revision)))
-
-
-def window_limit(config: transformers.PretrainedConfig) -> int:
-    """The longest window that a model of this config allows."""
-    config = config.get_text_config(decoder=True)
-    return next((n for n in (getattr(config, a, None) for a in ("max_position_embeddings", "n_positions", "seq_length")) if n), 1 << 20)
 
 
 class Quantization:
@@ -352,7 +329,7 @@ class Quantization:
                     "in_features": group.in_features,
                     "out_features": stop - start,
                     "loss": float(part.loss.double().sum()),
-                    "relative_error": _relative_error(weights[start:stop], part.loss, factor),
+                    "relative_error": solver.relative_error(weights[start:stop], part.loss, factor),
                     "tokens": hessian.tokens,
                     "damp_percent": factor.damp_percent if factor else self.config.damp_percent,
                     "failed_attempts": factor.failed_attempts if factor else None,
@@ -444,15 +421,6 @@ def _outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
     for module in model.modules():
         if id(module) not in inside and not any(True for _ in module.children()):
             yield module
-
-
-def _relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float | None:
-    """Loss over output power, w(H + λI)wᵀ, on evenly spaced rows."""
-    if factor is None:
-        return None
-    rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // POWER_ROWS), device=weight.device)
-    power = (weight[rows][:, factor.order] @ factor.upper).square().sum()
-    return float(loss[rows].double().sum() / power.double())
 
 
 def _json(value: dict[str, Any]) -> str:

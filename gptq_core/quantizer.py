@@ -25,9 +25,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from gptq_core.calibration import Windows, calibration_windows
 from gptq_core.checkpoint.format import quantization_config, read_quantization_config
 from gptq_core.config import QuantizeConfig, explain
-from gptq_core.engine import Quantization, window_limit
+from gptq_core.engine import Quantization
 from gptq_core.errors import InputError
 from gptq_core.linear import QuantizedLinear, load_quantized
+from gptq_core.source import window_limit
 
 SAMPLES = 128
 """Windows drawn from a text, as in Optimum and the paper."""

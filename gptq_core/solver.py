@@ -28,6 +28,8 @@ from gptq_core.factor import Factor
 
 COLUMN_BLOCK = 128
 SUB_BLOCK = 16
+POWER_ROWS = 256
+"""Rows of a layer on which its output power is measured for the relative error; all of them would cost another sweep."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,15 @@ def sweep(
                 now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
         loss += now.mul_(triangle.diagonal().unsqueeze(1)).square_().sum(0)
     return codes, loss
+
+
+def relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float | None:
+    """Loss over output power, w(H + λI)wᵀ, on evenly spaced rows."""
+    if factor is None:
+        return None
+    rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // POWER_ROWS), device=weight.device)
+    power = (weight[rows][:, factor.order] @ factor.upper).square().sum()
+    return float(loss[rows].double().sum() / power.double())
 
 
 def _block_size(columns: int, run: int) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gptq_core.calibration import Windows, calibration_windows, evaluation_windows, split_windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
-from gptq_core.engine import Quantization, load_tokenizer, model_limits
+from gptq_core.engine import Quantization
+from gptq_core.source import load_tokenizer, model_limits
 from tasks.config import RunConfig
 
 

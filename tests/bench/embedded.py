@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, evaluate_pair, evaluation_windows
-from gptq_core.engine import load_tokenizer
 from gptq_core.solver import round_to_nearest
+from gptq_core.source import load_tokenizer
 from gptq_core.walk import InputGroup
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
