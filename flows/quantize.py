@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from flows import progress
 from flows.artifacts import Board
 from gptq_core.calibration import Windows
-from gptq_core.engine import write_card
+from gptq_core.checkpoint.card import rewrite as write_card
 from gptq_core.errors import GPTQError
 from tasks import record as records
 from tasks.config import RunConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptq_core import grid
 from gptq_core.architecture import load_config
-from gptq_core.checkpoint.format import CARRIED, LEAVES, read_quantization_config
+from gptq_core.checkpoint.format import CARRIED, LEAVES, layout, read_quantization_config
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint
 from gptq_core.checkpoint.writer import replace_file
@@ -34,7 +34,7 @@ def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.
         raise InputError(f"{target} exists already; name a new folder")
     source = Checkpoint(folder)
     kind = dtype or load_config(folder).dtype or torch.float16
-    format = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    format = layout(quantization)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

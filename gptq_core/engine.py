@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
-from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError
+from gptq_core.errors import FactorizationError, InputError
 from gptq_core.factor import factorize
 from gptq_core.hessian import Hessian
 
@@ -55,16 +55,24 @@ def code_sha256() -> str:
 class Quantization:
     """One model on its way into one output folder. Made by `open`, closed by `close` or `with`."""
 
-    def __init__(self, source: Checkpoint, config: QuantizeConfig, windows: Windows, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        model_config: transformers.PretrainedConfig,
+        config: QuantizeConfig,
+        windows: Windows,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.config, self.windows, self.device, self.dtype = config, windows, device, dtype
         self.source = source
-        self.decoder = architecture.find_decoder(architecture.empty_model(architecture.load_config(source.folder), dtype))
+        self.decoder = architecture.find_decoder(architecture.empty_model(model_config, dtype))
         self.block_count = len(self.decoder.blocks)
         self.stage_seconds: dict[str, float] = defaultdict(float)
         self.plan = selection.select(self.source, self.decoder, config)
         self._hidden: list[Tensor] = []
         self._calls: list[dict[int, walk.Call]] = []
-        self._position = 0  # the block that self._hidden enters
+        self._position = -1  # the block that self._hidden enters; -1: none, capture comes first
         self._prefetcher = ThreadPoolExecutor(max_workers=1)
         self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
 
@@ -87,19 +95,19 @@ class Quantization:
         """
         source = Checkpoint(resolve(model_path, revision))
         target = architecture.choose_device(device)
-        vocabulary = architecture.load_config(source.folder).get_text_config(decoder=True).vocab_size
+        model_config = architecture.load_config(source.folder)
+        vocabulary = model_config.get_text_config(decoder=True).vocab_size
         if (largest := int(windows.tokens.max())) >= vocabulary or int(windows.tokens.min()) < 0:
             raise InputError(f"token id {largest} in the calibration windows: the model's vocabulary ends at {vocabulary - 1}; "
                              "use the model's own tokenizer")  # fmt: skip
-        run = cls(source, config, windows, target, architecture.choose_dtype(dtype, architecture.load_config(source.folder), target))
+        run = cls(source, model_config, config, windows, target, architecture.choose_dtype(dtype, model_config, target))
         run.output = OutputFolder(Path(out))
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(run.close)  # whatever goes wrong from here on, the lock is given back
             record = run._identity()
             run.key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
             run.finished = run.output.open(run.key, record | {"tokens": run._text()}, overwrite)
-        except BaseException:
-            run.close()
-            raise
+            on_failure.pop_all()
         return run
 
     def __enter__(self) -> Quantization:
@@ -146,6 +154,7 @@ class Quantization:
 
     def capture(self) -> dict[str, Any]:
         """Run the model up to its first block on every calibration batch. Also the way back to the start after a failure."""
+        self._position = -1
         model, blocks = self.decoder.model, self.decoder.blocks
         block_names = set(self.decoder.block_tensor_names())
         outside = [n for n in architecture.tensor_names(model) if n not in block_names]
@@ -191,7 +200,7 @@ class Quantization:
         Blocks go in order; after a failure the same call begins again from the first block, replaying what is on disk.
         """
         started = time.perf_counter()
-        if not self._calls or self._position > index:
+        if not 0 <= self._position <= index:
             self.capture()
         while self._position < index:
             self._advance(self._position)
@@ -199,29 +208,25 @@ class Quantization:
         return {"block": index, "resumed": resumed, "seconds": time.perf_counter() - started, "layers": record["layers"]}
 
     def _advance(self, index: int) -> tuple[dict[str, Any], bool]:
-        if self._position != index:
-            raise CorruptCheckpointError(f"block {index} asked for while the activations stand before block {self._position}")
+        """Take the activations, which stand before block `index`, past it; its record, and whether it was on disk."""
         record = self.output.block(index)
         if record and self._last_missing() < index:
             self._position = index + 1  # nothing after this block needs its outputs
             return record, True
         block, path = self.decoder.blocks[index], f"{self.decoder.prefix}.{index}"
-        if record:
-            self._prefetched.pop(index, None)
-        self._position = -1  # until this block is through, the activations belong to no block
+        # until this block is through, the activations belong to no block: after a failure the next call captures again
+        self._position = -1
+        resumed = record is not None
         try:
-            if record:
+            if resumed:
+                self._prefetched.pop(index, None)
                 self._replay(index, block, path)
-                result = record, True
             else:
-                result = self._quantize(index, block, path), False
-        except BaseException:
-            self._calls = []  # the next call starts from the capture
-            raise
+                record = self._quantize(index, block, path)
         finally:
             architecture.empty(block)
         self._position = index + 1
-        return result
+        return record, resumed
 
     def _last_missing(self) -> int:
         done = {r["block"] for r in self.output.records if r["kind"] == "block"}
@@ -425,8 +430,3 @@ def _outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
 
 def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2) + "\n"
-
-
-def write_card(checkpoint: Path, evaluation: dict[str, Any] | None) -> None:
-    """Write the model card of a finished checkpoint again, with the numbers of its evaluation."""
-    card.rewrite(checkpoint, evaluation)

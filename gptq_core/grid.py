@@ -111,7 +111,10 @@ def dequantize(
     g_idx: Int[Tensor, " columns"],
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "out columns"]:
-    """The weight (out, in) that a consumer computes from a layer's codes, in `dtype`; the arithmetic is float32."""
+    """The weight (out, in) that a consumer computes from a layer's codes, in `dtype`; the arithmetic is float32.
+
+    Negative entries of g_idx count groups from the end, as some writers do.
+    """
     group = g_idx.long()
     centred = codes.float() - zeros.float()[group]
     return (centred * scales.float()[group]).T.to(dtype).contiguous()

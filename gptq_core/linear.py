@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gptq_core import architecture, grid
-from gptq_core.checkpoint.format import read_quantization_config
+from gptq_core.checkpoint.format import layout, read_quantization_config
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.errors import CorruptCheckpointError
@@ -104,7 +104,4 @@ def _packed_linear(source: Checkpoint, locate, name: str, quantization: dict, li
     if bits not in (2, 3, 4, 8) or qweight.shape[1] != linear.out_features or g_idx.numel() != linear.in_features:
         raise CorruptCheckpointError(f"{name}: qweight {tuple(qweight.shape)} and g_idx {tuple(g_idx.shape)} do not fit a linear "
                                      f"of {linear.in_features} inputs and {linear.out_features} outputs")  # fmt: skip
-    # some writers count groups from the end with negative indices
-    g_idx = torch.where(g_idx < 0, g_idx + scales.shape[0], g_idx)
-    format = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
-    return QuantizedLinear(qweight, qzeros, scales, g_idx, read("bias"), bits, format)
+    return QuantizedLinear(qweight, qzeros, scales, g_idx, read("bias"), bits, layout(quantization))

@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import InputError
 from tasks.config import RunConfig
 
@@ -51,9 +52,7 @@ def write(out: str | Path, record: dict[str, Any]) -> Path:
     """Replace the record of `out` at once: a reader sees the old one or the new one."""
     path = record_path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    replace_file(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return path
 
 

@@ -73,6 +73,11 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def layout(quantization: dict[str, Any]) -> str:
+    """'gptq' or 'gptq_v2', under whichever key the writer put it; without one it is the older layout."""
+    return quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+
+
 def packed_tensors(name: str, codes: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, config: QuantizeConfig) -> dict[str, Tensor]:
     """The four tensors of a quantized linear under their names on disk. codes (in, out), scales and zeros (groups, out)."""
     return {

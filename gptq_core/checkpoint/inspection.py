@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gptq_core.checkpoint.format import read_quantization_config
+from gptq_core.checkpoint.format import layout, read_quantization_config
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.errors import CorruptCheckpointError
 
@@ -53,7 +53,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
     return {
         "path": str(path),
-        "format": quantization.get("checkpoint_format") or quantization.get("format") or "gptq",
+        "format": layout(quantization),
         **{key: quantization.get(key) for key in ("bits", "group_size", "sym", "desc_act")},
         "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights if weights else None,
         "bytes": sum(size.values()),

@@ -118,8 +118,12 @@ class OutputFolder:
         replace_file(path, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         record = record | {"file": file, "files": {file: path.stat().st_size}, "sha256": file_sha256(path), "tensors": list(tensors)}
         kept = [r for r in self.records if not (r["kind"] == record["kind"] and r.get("block") == record.get("block"))]
+        replaces = len(kept) < len(self.records)
         self.records = [*kept, record]
-        self._rewrite(self.records) if len(kept) != len(self.records) - 1 else self._append(record)
+        if replaces:
+            self._rewrite(self.records)
+        else:
+            self._append(record)
         return record
 
     def write_text(self, file: str, text: str) -> None:
