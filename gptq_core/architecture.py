@@ -117,6 +117,12 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def head_name(model: PreTrainedModel) -> str | None:
+    """Name of the output head, such as `lm_head`."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
 def source_name(model: PreTrainedModel, name: str, available: Callable[[str], bool]) -> str | None:
     """The name under which a checkpoint stores a tensor: the model's own, or without the prefix of the base model."""
     bare = name.removeprefix(f"{model.base_model_prefix}.")

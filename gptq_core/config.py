@@ -8,12 +8,40 @@ is valid. Rules between fields stand in `QuantizeConfig._between_fields` and now
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Bits = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "gptq_v2"]
+
+
+KERNELS = (
+    "gptq_torch", "gptq_torch_fused", "gptq_torch_int8", "gptq_torch_aten", "gptq_torch_cpu_avx512", "gptq_triton",
+    "gptq_exllama_v2", "gptq_machete", "gptq_swordfish", "gptq_marlin",
+)  # fmt: skip
+"""GPTQModel's kernels that can run a checkpoint, by their names there."""
+
+
+def kernel_name(backend: str | None) -> str | None:
+    """The kernel in GPTQModel that a `backend` names; None for this library's own path, None or 'torch'. ValueError: neither."""
+    if backend in (None, "torch"):
+        return None
+    name = backend if backend.startswith("gptq_") else f"gptq_{backend}"
+    if name not in KERNELS:
+        near = difflib.get_close_matches(name, KERNELS, n=1, cutoff=0.75)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{hint}known are torch (this library) and GPTQModel's {', '.join(KERNELS)}")
+    return name
+
+
+def _known_backend(backend: str | None) -> str | None:
+    kernel_name(backend)
+    return backend
+
+
+Backend = Annotated[str | None, AfterValidator(_known_backend)]
 
 
 class Schema(BaseModel):
@@ -35,6 +63,13 @@ class Schema(BaseModel):
 
 RECIPES: dict[Any, dict[str, Any]] = {"tuned": {"static_groups": True, "scale_search": "weighted", "refit": True}}
 """What a recipe sets where the config says nothing; the expanded fields are what is logged."""
+
+
+RULE_KEYS = (
+    "bits", "group_size", "sym", "damp_percent", "desc_act", "act_group_aware", "static_groups", "activation_order", "scale_search",
+    "refit",
+)  # fmt: skip
+"""What a rule of `dynamic` may set for the linears that it matches."""
 
 
 class QuantizeConfig(Schema):
@@ -63,10 +98,16 @@ class QuantizeConfig(Schema):
     modules_in_block_to_quantize: list[list[str]] | None = None
     """Names of the linears of a block that are quantized, such as [["self_attn.q_proj"], ["mlp.up_proj"]]; null: all. The inner
     lists are Optimum's order of work and only joined here: the walk finds the order itself."""
+    lm_head: bool = False
+    """Also quantize the output head. Only for a model whose head is not tied to its embeddings."""
+    dynamic: dict[str, dict[str, Any]] | None = None
+    """Rules for single linears, in GPTQModel's notation: a regular expression that is matched from the start of the full name, with
+    the keys to change there, such as {"bits": 8}; "-:expression" with {} leaves them unquantized. The first rule that matches decides."""
     format: Format = "gptq"
     """Layout of the zeros on disk: 'gptq' stores zero - 1, 'gptq_v2' the zero itself."""
-    backend: str | None = None
-    """Who runs the quantized linears when the checkpoint is loaded. None or 'torch': this library, in plain torch."""
+    backend: Backend = None
+    """Who runs the quantized linears when the checkpoint is loaded, for evaluation too. None or 'torch': this library, in plain torch;
+    gptq_torch, gptq_marlin, … (or marlin, …): GPTQModel's kernel of that name, where that package is installed."""
     scale_search: Literal["min_max", "weighted"] = "min_max"
     """Scales from the extremes of a group, or searched for the least error weighted by diag(H); symmetric ones may be negative."""
     refit: bool = False
@@ -84,13 +125,6 @@ class QuantizeConfig(Schema):
     def _positive_or_row(cls, value: int) -> int:
         if value != -1 and value <= 0:
             raise ValueError("must be a positive number of columns (32, 64 and 128 load everywhere), or -1 for the whole row")
-        return value
-
-    @field_validator("backend")
-    @classmethod
-    def _known_backend(cls, value: str | None) -> str | None:
-        if value not in (None, "torch"):
-            raise ValueError("must be null or 'torch', the only runner so far")
         return value
 
     @model_validator(mode="before")
@@ -120,6 +154,39 @@ class QuantizeConfig(Schema):
             raise ValueError("activation_order: true works only with static_groups: true; without them use desc_act or act_group_aware")
         return self
 
+    @model_validator(mode="after")
+    def _rules_hold(self) -> QuantizeConfig:
+        for rule, changes in (self.dynamic or {}).items():
+            try:
+                re.compile(expression(rule))
+            except re.error as error:
+                raise ValueError(f"dynamic: {rule!r} is not a regular expression ({error})") from error
+            if rule.startswith("-:") and changes:
+                raise ValueError(f"dynamic: {rule!r} leaves linears out, so it takes no keys; write {{}}")
+            unknown = [key for key in changes if key not in RULE_KEYS]
+            if unknown:
+                raise ValueError(f"dynamic: {rule!r} cannot set {unknown[0]!r}; it can set {', '.join(RULE_KEYS)}")
+            try:
+                self._changed(changes)
+            except ValidationError as error:
+                raise ValueError(f"dynamic: {rule!r}: {explain(error)}") from error
+        return self
+
+    def _changed(self, changes: dict[str, Any]) -> QuantizeConfig:
+        chosen = self.model_dump(include=self.model_fields_set - {"dynamic"})
+        return QuantizeConfig.model_validate(chosen | changes)
+
+    def rule_for(self, name: str) -> str | None:
+        """The rule of `dynamic` that decides about the linear of this full name."""
+        return next((rule for rule in self.dynamic or {} if re.match(expression(rule), name)), None)
+
+    def for_linear(self, name: str) -> QuantizeConfig | None:
+        """The config of the linear of this full name, without `dynamic`; None where a rule leaves it out."""
+        rule = self.rule_for(name)
+        if rule is None:
+            return self.model_copy(update={"dynamic": None})
+        return None if rule.startswith("-:") else self._changed(self.dynamic[rule])
+
     @property
     def modules(self) -> list[str] | None:
         """modules_in_block_to_quantize as one list."""
@@ -138,6 +205,11 @@ class QuantizeConfig(Schema):
     def groups_of(self, in_features: int) -> int:
         """Number of groups along a row of `in_features` columns."""
         return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+def expression(rule: str) -> str:
+    """The regular expression of a `dynamic` rule."""
+    return rule[2:] if rule.startswith(("-:", "+:")) else rule
 
 
 def explain(error: ValidationError, under: str = "") -> str:

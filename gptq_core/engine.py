@@ -37,8 +37,8 @@ from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
-from gptq_core.errors import FactorizationError, InputError
-from gptq_core.factor import factorize
+from gptq_core.errors import InputError
+from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
@@ -69,7 +69,8 @@ class Quantization:
         self.decoder = architecture.find_decoder(architecture.empty_model(model_config, dtype))
         self.block_count = len(self.decoder.blocks)
         self.stage_seconds: dict[str, float] = defaultdict(float)
-        self.plan = selection.select(self.source, self.decoder, config)
+        self.selection = selection.select(self.source, self.decoder, config)
+        self._batches: list[Tensor] = []
         self._hidden: list[Tensor] = []
         self._calls: list[dict[int, walk.Call]] = []
         self._position = -1  # the block that self._hidden enters; -1: none, capture comes first
@@ -162,14 +163,14 @@ class Quantization:
         with self._timed("read"):
             architecture.fill(model, "", self._read, self.device, self.dtype, skip=set(architecture.tensor_names(model)) - body)
         batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // self.windows.seqlen)
-        batches = [b.to(self.device) for b in self.windows.tokens.split(batch)]
+        self._batches = [b.to(self.device) for b in self.windows.tokens.split(batch)]
         with self._timed("forward"):
-            as_tuple = self._probe_output_type(batches[0][:1])
-            self._hidden, self._calls = walk.capture(model.base_model, blocks, batches, as_tuple)
+            self._as_tuple = self._probe_output_type(self._batches[0][:1])
+            self._hidden, self._calls = walk.capture(model.base_model, blocks, self._batches, self._as_tuple)
         self._position = 0
         for child in _outside(model, blocks):
             architecture.empty(child)
-        return {"batches": len(batches), "tokens": self.windows.tokens.numel(), "hidden_size": self._hidden[0].shape[-1]}
+        return {"batches": len(self._batches), "tokens": self.windows.tokens.numel(), "hidden_size": self._hidden[0].shape[-1]}
 
     def _probe_output_type(self, batch: Tensor) -> bool:
         """Whether a block returns a tuple, seen by running the first one for real."""
@@ -229,6 +230,8 @@ class Quantization:
         return record, resumed
 
     def _last_missing(self) -> int:
+        if self.config.lm_head and not any(r["kind"] == "rest" for r in self.output.records):
+            return self.block_count  # the head comes after the last block
         done = {r["block"] for r in self.output.records if r["kind"] == "block"}
         return max((i for i in range(self.block_count) if i not in done), default=-1)
 
@@ -240,8 +243,9 @@ class Quantization:
             if f"{stem}.qweight" not in stored:
                 return stored[name]
             qweight, qzeros, scales, g_idx = (stored[f"{stem}.{leaf}"] for leaf in format.LEAVES)
-            zeros = unpack_zeros(qzeros, self.config.bits, self.config.format)
-            return grid.dequantize(unpack(qweight, self.config.bits), scales, zeros, g_idx, self.dtype)
+            bits = self.selection.layers[stem].config.bits
+            zeros = unpack_zeros(qzeros, bits, self.config.format)
+            return grid.dequantize(unpack(qweight, bits), scales, zeros, g_idx, self.dtype)
 
         with self._timed("read"):
             architecture.fill(block, path, read, self.device, self.dtype)
@@ -254,7 +258,8 @@ class Quantization:
             architecture.fill(block, path, tensors.__getitem__, self.device, self.dtype)
         if index + 1 < self.block_count and index + 1 not in self._prefetched:
             self._prefetched[index + 1] = self._prefetcher.submit(self._read_block, index + 1)
-        wanted = {n: m for n, m in architecture.linears_of(block).items() if f"{path}.{n}" not in self.plan["left"]}
+        configs, linears = self.selection.in_block(index), architecture.linears_of(block)
+        wanted = {name: linears[name] for name in configs}
         with self._timed("forward"):
             first = self._hidden[0][:1]
             groups = walk.discover(block, wanted, first, self._call_for_one(index))
@@ -265,29 +270,34 @@ class Quantization:
         reports: dict[str, dict[str, Any]] = {}
 
         def solve(group: walk.InputGroup, hessian: Hessian) -> None:
-            for name, solution, report in self._solve(path, group, wanted, hessian):
+            members = [Member(f"{path}.{name}", wanted[name].weight, configs[name]) for name in group.names]
+            for name, solution, report in solve_group(members, hessian, self._timed):
                 solutions[name], reports[name] = solution, report
-                wanted[name].weight.data = solution.weight(self.dtype)
-                if wanted[name].bias is not None:  # float16 on disk: what follows must see what a consumer will compute
-                    wanted[name].bias.data = wanted[name].bias.half().to(self.dtype)
+                linear = wanted[name.removeprefix(f"{path}.")]
+                linear.weight.data = solution.weight(self.dtype)
+                if linear.bias is not None:  # float16 on disk: what follows must see what a consumer will compute
+                    linear.bias.data = linear.bias.half().to(self.dtype)
 
         before, started = sum(self.stage_seconds.values()), time.perf_counter()
         walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential)
         # what the walk did beside solving: forwards, and the products that feed the Hessians
         self.stage_seconds["forward and hessian"] += time.perf_counter() - started - (sum(self.stage_seconds.values()) - before)
         with self._timed("pack"):
-            shard: dict[str, Tensor] = {}
-            for name, tensor in tensors.items():
-                inner = name.removeprefix(f"{path}.").removesuffix(".weight")
-                if inner in solutions and name.endswith(".weight"):
-                    s = solutions[inner]
-                    shard |= format.packed_tensors(f"{path}.{inner}", s.codes, s.scales, s.zeros, s.g_idx, self.config)
-                else:
-                    # a quantized linear's bias is float16 on disk, everything else keeps its dtype
-                    owner = name.removeprefix(f"{path}.").removesuffix(".bias")
-                    shard[name] = tensor.half() if owner in solutions and name.endswith(".bias") else tensor
+            shard = self._packed(tensors, solutions)
         with self._timed("write"):
             return self.output.write_shard(self._file(index), shard, {"kind": "block", "block": index, "layers": list(reports.values())})
+
+    def _packed(self, tensors: dict[str, Tensor], solutions: dict[str, solver.Solution]) -> dict[str, Tensor]:
+        """Tensors as they go to disk: solved weights packed, and everything else in its dtype."""
+        shard: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner in solutions and leaf == "weight":
+                s = solutions[owner]
+                shard |= format.packed_tensors(owner, s.codes, s.scales, s.zeros, s.g_idx, self.selection.layers[owner].config)
+            else:
+                shard[name] = tensor.half() if owner in solutions and leaf == "bias" else tensor
+        return shard
 
     def _call_for_one(self, index: int) -> walk.Call:
         """The block's call for a batch of one, cut from that of a larger batch."""
@@ -301,47 +311,6 @@ class Quantization:
             return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
 
         return walk.Call(tuple(cut(v) for v in call.args), {k: cut(v) for k, v in call.kwargs.items()})
-
-    def _solve(
-        self, path: str, group: walk.InputGroup, linears: dict[str, nn.Linear], hessian: Hessian
-    ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
-        label = f"{path}.{'+'.join(group.names)}"
-        weights = torch.cat([linears[name].weight.float() for name in group.names])  # (out of all members, in)
-        fallback = None
-        try:
-            with self._timed("factor"):
-                factor = factorize(hessian.mean(), self.config, label)
-            with self._timed("sweep"):
-                solved = solver.solve(weights, factor, self.config)
-        except FactorizationError as error:
-            if self.config.on_failure != "round":
-                raise
-            factor, fallback = None, str(error)
-            solved = solver.round_to_nearest(weights, self.config)
-        start = 0
-        for name in group.names:
-            stop = start + linears[name].out_features
-            part = solved.rows(start, stop)
-            if not torch.isfinite(part.scales).all():
-                raise FactorizationError(f"{path}.{name}: scales are not finite; its weights are not finite or exceed float16")
-            yield (
-                name,
-                part,
-                {
-                    "name": f"{path}.{name}",
-                    "bits": self.config.bits,
-                    "group_size": self.config.group_size,
-                    "in_features": group.in_features,
-                    "out_features": stop - start,
-                    "loss": float(part.loss.double().sum()),
-                    "relative_error": solver.relative_error(weights[start:stop], part.loss, factor),
-                    "tokens": hessian.tokens,
-                    "damp_percent": factor.damp_percent if factor else self.config.damp_percent,
-                    "failed_attempts": factor.failed_attempts if factor else None,
-                    "fallback": fallback,
-                },
-            )
-            start = stop
 
     def assemble(self) -> dict[str, Any]:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
@@ -358,7 +327,8 @@ class Quantization:
                     used.add(found)
                     if name not in block_names:
                         rest[name] = self.source.read(found)
-            self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest"})
+            head = self._quantize_head(rest) if self.config.lm_head else []
+            self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest", "layers": head})
             records = [r for r in self.output.records if "file" in r]
             weight_map = {tensor: r["file"] for r in records for tensor in r["tensors"]}
             size = sum(sum(r["files"].values()) for r in records)
@@ -371,18 +341,36 @@ class Quantization:
             self.output.publish(summary)
         return summary | self._published()
 
+    def _quantize_head(self, rest: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """Replace the head's weight among the tensors outside the blocks by its packed form; its report.
+
+        Its inputs are the outputs of the last quantized block, taken through what stands between the two.
+        """
+        model, name = self.decoder.model, architecture.head_name(self.decoder.model)
+        if not 0 <= self._position <= self.block_count:
+            self.capture()
+        while self._position < self.block_count:
+            self._advance(self._position)
+        head, outside = model.get_output_embeddings(), rest.keys() - {f"{name}.weight"}
+        architecture.fill(model, "", self._read, self.device, self.dtype, skip=set(architecture.tensor_names(model)) - outside)
+        hessian = Hessian(head.in_features, self.device)
+        walk.finish(model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
+        weight = self._read(f"{name}.weight").to(self.device, self.dtype)
+        [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, self._timed)
+        packed = self._packed({n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}, {name: solution})
+        rest |= packed
+        return [report]
+
     def _write_json(self) -> None:
         config = json.loads((self.source.folder / "config.json").read_text())
-        inner = list(architecture.linears_of(self.decoder.blocks[0]))
-        partly = [n for n in inner if f"{self.decoder.prefix}.0.{n}" not in self.plan["left"]] if self.plan["left"] else None
-        quantization = format.quantization_config(self.config, partly)
+        quantization = format.quantization_config(self.config, self.selection.modules, self.selection.rules)
         config.pop("_name_or_path", None)
         config.setdefault("architectures", [type(self.decoder.model).__name__])
         self.output.write_text("config.json", _json(config | {"quantization_config": quantization}))
         self.output.write_text("quantize_config.json", _json(quantization))
 
     def _summary(self, size: int, unused: list[str]) -> dict[str, Any]:
-        layers = [layer for r in self.output.records if r["kind"] == "block" for layer in r["layers"]]
+        layers = [layer for r in self.output.records if r["kind"] in ("block", "rest") for layer in r["layers"]]
         weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
         bits = sum(selection.bits_on_disk(layer) for layer in layers)
         return {
@@ -391,7 +379,8 @@ class Quantization:
             "bits_per_weight": bits / weights,
             "quantized_layers": len(layers),
             "fallback_layers": [layer["name"] for layer in layers if layer["fallback"]],
-            "skipped": [{"name": name, "reason": reason} for name, reason in self.plan["left"].items()],
+            "lm_head": next((layer for layer in layers if layer["name"] == architecture.head_name(self.decoder.model)), None),
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.selection.left.items()],
             "unused_source_tensors": unused,
         }
 

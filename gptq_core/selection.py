@@ -1,65 +1,185 @@
-"""Which linears of a model are quantized, and why the others are not: decided from config and headers, before any work."""
+"""Which linears of a model are quantized, with which config, and why the others are not: decided from config and headers,
+before any work."""
 
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gptq_core.architecture import Decoder, linears_of, source_name
-from gptq_core.checkpoint.format import why_not_packable
+from gptq_core.architecture import Decoder, head_name, linears_of, source_name
+from gptq_core.checkpoint.format import FUSED, why_not_packable
 from gptq_core.checkpoint.reader import Checkpoint
-from gptq_core.config import QuantizeConfig
+from gptq_core.config import QuantizeConfig, expression
 from gptq_core.errors import InputError
 
+KEYS_ON_DISK = ("bits", "group_size", "sym", "desc_act")
+"""What a reader of `dynamic` needs to know about a linear; how its codes were found does not concern it."""
 
-def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> dict[str, Any]:
-    """{"blocks": count, "quantized": [name], "left": {name: reason}}.
 
-    Raises InputError when the source is quantized already, lacks a tensor, or has a linear that cannot be packed and
-    `config.strict` forbids leaving it.
-    """
+@dataclass(frozen=True)
+class Layer:
+    """A linear that will be quantized."""
+
+    config: QuantizeConfig
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What becomes of each linear of the decoder blocks, and of the head where it is quantized. Names are full ones."""
+
+    prefix: str
+    """Name of the list of blocks."""
+    blocks: int
+    layers: dict[str, Layer]
+    left: dict[str, str]
+    """Linears that stay as they are, and the reason."""
+    rules: dict[str, dict[str, Any]]
+    """`dynamic` as it goes to disk: says for every linear whether and how it differs from the checkpoint's own keys."""
+
+    def in_block(self, index: int) -> dict[str, QuantizeConfig]:
+        """Configs of a block's quantized linears by their names inside it."""
+        path = f"{self.prefix}.{index}."
+        return {name.removeprefix(path): layer.config for name, layer in self.layers.items() if name.startswith(path)}
+
+    @property
+    def modules(self) -> list[str] | None:
+        """Names inside a block that are quantized, where some are left and all blocks agree: readers without `dynamic` need it."""
+        inner = [list(self.in_block(index)) for index in range(self.blocks)]
+        return inner[0] if self.left and all(names == inner[0] for names in inner) else None
+
+
+def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Selection:
+    """Raises InputError when the source is quantized already, lacks a tensor, has a linear that cannot be packed while
+    `config.strict` forbids leaving it, or when a rule of `dynamic` matches nothing or parts what consumers fuse."""
     if getattr(decoder.model.config, "quantization_config", None):
         raise InputError(f"{source.folder}: this checkpoint is already quantized; give the original model")
     _check_tensors(source, decoder)
-    quantized: list[str] = []
+    linears = {
+        f"{decoder.prefix}.{index}.{name}": (linear.in_features, linear.out_features)
+        for index, block in enumerate(decoder.blocks)
+        for name, linear in linears_of(block).items()
+    }
+    if config.lm_head:
+        head = _head(decoder)
+        linears[head] = source.header(source_name(decoder.model, f"{head}.weight", source.__contains__))[1][::-1]
+    layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
-    unwanted: dict[str, str] = {}
-    sizes: list[tuple[int, int]] = []
+    unpackable: dict[str, str] = {}
+    _check_names(decoder, config, linears)
+    for name, (columns, out) in linears.items():
+        inner = re.sub(rf"^{re.escape(decoder.prefix)}\.\d+\.", "", name)
+        chosen = config.for_linear(name)
+        if config.modules is not None and inner != name and inner not in config.modules:
+            left[name] = "not in modules_in_block_to_quantize"
+        elif chosen is None:
+            left[name] = f"dynamic: {config.rule_for(name)}"
+        elif reason := why_not_packable(columns, out, chosen.group_size):
+            unpackable[name] = left[name] = reason
+        else:
+            layers[name] = Layer(chosen, columns, out)
+    if unpackable and config.strict:
+        first = next(iter(unpackable))
+        raise InputError(
+            f"{first}: {unpackable[first]}{_choices(list(linears.values()))}, or set quantization.strict: false to leave "
+            f"{'it' if len(unpackable) == 1 else f'these {len(unpackable)} layers'} unquantized"
+        )
+    if not any(name.startswith(f"{decoder.prefix}.") for name in layers):
+        raise InputError(f"{source.folder}: no linear of any decoder block can be quantized{_choices(list(linears.values()))}")
+    return Selection(decoder.prefix, len(decoder.blocks), layers, left, _rules(decoder, config, layers, left))
+
+
+def _head(decoder: Decoder) -> str:
+    name = head_name(decoder.model)
+    if name is None or f"{name}.weight" in getattr(decoder.model, "all_tied_weights_keys", {}):
+        raise InputError(
+            f"quantization.lm_head = true: the head of this {decoder.model.config.model_type} model is tied to its embeddings, "
+            "which stay as they are; leave lm_head out"
+        )
+    return name
+
+
+def _check_names(decoder: Decoder, config: QuantizeConfig, linears: dict[str, tuple[int, int]]) -> None:
+    """What the config calls by name is there."""
     known = {name for block in decoder.blocks for name in linears_of(block)}
     for name in config.modules or []:
         if name not in known:
             raise InputError(f"modules_in_block_to_quantize: no linear {name!r} in a block; there are {', '.join(sorted(known))}")
-    for index, block in enumerate(decoder.blocks):
-        for name, linear in linears_of(block).items():
-            if config.modules is not None and name not in config.modules:
-                unwanted[f"{decoder.prefix}.{index}.{name}"] = "not in modules_in_block_to_quantize"
-                continue
-            sizes.append((linear.in_features, linear.out_features))
-            reason = why_not_packable(linear.in_features, linear.out_features, config.group_size)
-            if reason:
-                left[f"{decoder.prefix}.{index}.{name}"] = reason
-            else:
-                quantized.append(f"{decoder.prefix}.{index}.{name}")
-    if left and config.strict:
-        first = next(iter(left))
-        raise InputError(
-            f"{first}: {left[first]}{_choices(sizes)}, or set quantization.strict: false to leave "
-            f"{'it' if len(left) == 1 else f'these {len(left)} layers'} unquantized"
-        )
-    packed_by_block = {
-        frozenset(name.removeprefix(f"{decoder.prefix}.{index}.") for name in quantized if name.startswith(f"{decoder.prefix}.{index}."))
-        for index in range(len(decoder.blocks))
+    for rule in config.dynamic or {}:
+        if not any(re.match(expression(rule), name) for name in linears):
+            raise InputError(
+                f"dynamic: {rule!r} matches no linear of this model; full names are like {next(iter(linears))}"
+                + (", and lm_head takes part only with lm_head: true" if "head" in rule and not config.lm_head else "")
+            )
+
+
+def _rules(decoder: Decoder, config: QuantizeConfig, layers: dict[str, Layer], left: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The rules for the files: what was left out for any reason as negative rules, and rules that also cover fused names.
+
+    vLLM and SGLang look a fused linear up by its fused name, `qkv_proj` or `gate_up_proj`, so its members must agree.
+    """
+    rules = {
+        _never_literal(rule): {k: v for k, v in changes.items() if k in KEYS_ON_DISK} for rule, changes in (config.dynamic or {}).items()
     }
-    if left and len(packed_by_block) > 1:
-        raise InputError(
-            f"{source.folder}: strict: false would leave different linears in different blocks, which the files cannot say; "
-            f"choose a group size that fits all{_choices(sizes)}"
-        )
-    if not quantized:
-        raise InputError(f"{source.folder}: no linear of any decoder block can be quantized{_choices(sizes)}")
-    return {"blocks": len(decoder.blocks), "quantized": quantized, "left": left | unwanted}
+    told = {name: config.rule_for(name) for name in left}
+    negative = _compressed(decoder, [name for name, rule in told.items() if rule is None or not rule.startswith("-:")])
+    rules = {f"-:{pattern}": {} for pattern in negative} | rules
+    fused_rules: dict[str, dict[str, Any]] = {}
+    for fused, members in _fused(layers.keys() | left.keys()).items():
+        stored = {name: {key: getattr(layers[name].config, key) for key in KEYS_ON_DISK} if name in layers else None for name in members}
+        first, wanted = next(iter(stored.items()))
+        for name, found in stored.items():
+            if found != wanted:
+                raise InputError(
+                    f"{first} and {name} are one linear in vLLM and SGLang, so they must agree in {', '.join(KEYS_ON_DISK)} and in being "
+                    f"quantized ({wanted or 'left'} and {found or 'left'}); let a rule match ("
+                    + "|".join(n.rpartition(".")[2] for n in members)
+                    + ")"
+                )
+        if _on_disk(rules, config, fused) != wanted:
+            fused_rules[("-:" if wanted is None else "+:") + re.escape(fused) + "$"] = {} if wanted is None else wanted
+    return fused_rules | rules
+
+
+def _on_disk(rules: dict[str, dict[str, Any]], config: QuantizeConfig, name: str) -> dict[str, Any] | None:
+    """What a reader of the rules takes for a name; None: not quantized."""
+    rule = next((rule for rule in rules if re.match(expression(rule), name)), None)
+    if rule is not None and rule.startswith("-:"):
+        return None
+    return {key: getattr(config, key) for key in KEYS_ON_DISK} | (rules[rule] if rule else {})
+
+
+def _never_literal(rule: str) -> str:
+    """The rule, so written that GPTQModel matches it from the start of a name as well: it compares plain text to whole names."""
+    plain = re.fullmatch(r"(?:\\\W|[^\\.^$*+?{}\[\]()|])*", expression(rule))
+    return f"{rule[:2] if rule != expression(rule) else ''}(?:{expression(rule)})" if plain else rule
+
+
+def _compressed(decoder: Decoder, names: list[str]) -> list[str]:
+    """Patterns for names: one for all blocks where every block has the name in the list."""
+    start = re.compile(rf"^{re.escape(decoder.prefix)}\.\d+\.")
+    patterns: dict[str, None] = {}
+    for name in names:
+        inner = start.sub("", name)
+        everywhere = all(f"{decoder.prefix}.{index}.{inner}" in names for index in range(len(decoder.blocks)))
+        patterns[(rf"{re.escape(decoder.prefix)}\.\d+\.{re.escape(inner)}" if everywhere else re.escape(name)) + "$"] = None
+    return list(patterns)
+
+
+def _fused(names: Any) -> dict[str, list[str]]:
+    """Fused name to the names of its members, for the linears that vLLM and SGLang run as one."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        parent, _, leaf = name.rpartition(".")
+        for fused, members in FUSED.items():
+            if leaf in members:
+                found.setdefault(f"{parent}.{fused}", []).append(name)
+    return found
 
 
 def _check_tensors(source: Checkpoint, decoder: Decoder) -> None:

@@ -11,7 +11,8 @@ up), in call order. No table of architectures is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +45,14 @@ class InputGroup:
 
 
 Solve = Callable[[InputGroup, Hessian], None]
+Report = Callable[[int, Tensor, Call], Tensor]
+"""Index of a block, the hidden states that enter it and the rest of its call, to the hidden states that leave it."""
 
 
 class StandIn(nn.Module):
-    """Takes a decoder block's place while the model around it runs: reports the call and passes the hidden states on."""
+    """Takes a decoder block's place while the model around it runs: reports the call and passes on what it is told to."""
 
-    def __init__(self, block: nn.Module, index: int, report: Callable[[int, Tensor, Call], None], as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, index: int, report: Report, as_tuple: bool) -> None:
         super().__init__()
         self.block, self.index, self.report, self.as_tuple = block, index, report, as_tuple
 
@@ -62,7 +65,7 @@ class StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.report(self.index, hidden, Call(args[1:], kwargs))
+        hidden = self.report(self.index, hidden, Call(args[1:], kwargs))
         return (hidden,) if self.as_tuple else hidden
 
 
@@ -76,7 +79,7 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor], as_t
     hidden_states: list[Tensor] = []
     calls: list[dict[int, Call]] = [{} for _ in blocks]
 
-    def report(index: int, hidden: Tensor, call: Call) -> None:
+    def report(index: int, hidden: Tensor, call: Call) -> Tensor:
         if index == 0:
             hidden_states.append(hidden)
         known = calls[index].setdefault(hidden.shape[0], call)
@@ -85,16 +88,57 @@ def capture(model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor], as_t
                 f"{type(blocks[index].block).__name__}: its arguments depend on the token ids, which is not supported yet"
             )
 
+        return hidden
+
+    with _standing_in(blocks, report, as_tuple):
+        for batch in batches:
+            model(input_ids=batch, use_cache=False)
+    return hidden_states, calls
+
+
+@contextmanager
+def _standing_in(blocks: nn.ModuleList, report: Report, as_tuple: bool) -> Iterator[None]:
     originals = list(blocks)
     for index, block in enumerate(originals):
         blocks[index] = StandIn(block, index, report, as_tuple)
     try:
-        for batch in batches:
-            model(input_ids=batch, use_cache=False)
+        yield
     finally:
         for index, block in enumerate(originals):
             blocks[index] = block
-    return hidden_states, calls
+
+
+class _Reached(Exception):
+    """The forward came to the module it was meant for; what follows would be wasted."""
+
+
+@torch.no_grad()
+def finish(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    head: nn.Module,
+    batches: list[Tensor],
+    hidden_states: list[Tensor],
+    as_tuple: bool,
+    take: Callable[[Tensor], None],
+) -> None:
+    """Hand `take` the inputs of the head for every batch, given the outputs of the last block."""
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        take(args[0])
+        raise _Reached
+
+    def report(index: int, hidden: Tensor, _call: Call) -> Tensor:
+        return final if index == len(blocks) - 1 else hidden
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        with _standing_in(blocks, report, as_tuple):
+            for batch, final in zip(batches, hidden_states, strict=True):  # noqa: B007 - report passes it on
+                with suppress(_Reached):
+                    model(input_ids=batch, use_cache=False)
+    finally:
+        handle.remove()
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -20,6 +20,9 @@ from gptq_core.errors import InputError
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Linears that vLLM and SGLang run as one, by the name of the whole."""
+
 CARRIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "*.jinja", "LICENSE*", "NOTICE*",
@@ -34,15 +37,18 @@ def code_version() -> str:
         return "0.1.0"
 
 
-def quantization_config(config: QuantizeConfig, modules: list[str] | None = None) -> dict[str, Any]:
-    """The dict of both JSON files. `modules`: names inside a block that were quantized, given only when some were left out."""
+def quantization_config(
+    config: QuantizeConfig, modules: list[str] | None = None, rules: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The dict of both JSON files. `modules`: names inside a block that were quantized, given only when some were left out;
+    `rules`: `dynamic` as readers need it."""
     found: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": config.bits,
         "group_size": config.group_size,
         "desc_act": config.desc_act,
         "sym": config.sym,
-        "lm_head": False,
+        "lm_head": config.lm_head,
         "true_sequential": config.true_sequential,
         "damp_percent": config.damp_percent,
         "act_group_aware": config.act_group_aware,
@@ -54,6 +60,8 @@ def quantization_config(config: QuantizeConfig, modules: list[str] | None = None
     }
     if modules is not None:
         found["modules_in_block_to_quantize"] = [[name] for name in modules]
+    if rules:
+        found["dynamic"] = rules
     return found
 
 

@@ -8,34 +8,36 @@ Rounding to nearest uses the same min-max scales. Perplexity and KL over the who
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
-from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, evaluate_pair, evaluation_windows
+from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, engine, evaluate_pair, evaluation_windows
+from gptq_core.group import Member, solve_group
 from gptq_core.solver import round_to_nearest
 from gptq_core.source import load_tokenizer
-from gptq_core.walk import InputGroup
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 MODEL = str(EMBEDDED / "model")
 
 
-class RoundedToNearest(Quantization):
-    """The engine with its solver replaced by rounding."""
+def rounded_to_nearest(members: list[Member], *_: Any) -> Iterator[tuple]:
+    """Takes the place of the engine's solver."""
+    for member in members:
+        out_features, in_features = member.weight.shape
+        yield member.name, round_to_nearest(member.weight.float(), member.config), {
+            "name": member.name, "bits": member.config.bits, "group_size": member.config.group_size, "fallback": "by request",
+            "in_features": in_features, "out_features": out_features,
+        }  # fmt: skip
 
-    def _solve(self, path, group: InputGroup, linears, hessian):
-        for name in group.names:
-            yield name, round_to_nearest(linears[name].weight.float(), self.config), {
-                "name": name, "bits": self.config.bits, "group_size": self.config.group_size, "fallback": "by request",
-                "in_features": linears[name].in_features, "out_features": linears[name].out_features,
-            }  # fmt: skip
 
-
-def judge(kind: type[Quantization], config: QuantizeConfig, calibration: Windows, heldout: Windows) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
+def judge(solve: Callable[..., Iterator[tuple]], config: QuantizeConfig, calibration: Windows, heldout: Windows) -> dict:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "solve_group", solve):
         out = Path(folder) / "out"
-        with kind.open(MODEL, config, calibration, out, device="cpu") as run:
+        with Quantization.open(MODEL, config, calibration, out, device="cpu") as run:
             for index in range(run.block_count):
                 run.quantize_block(index)
             run.assemble()
@@ -48,9 +50,9 @@ if __name__ == "__main__":
     calibration = calibration_windows(str(EMBEDDED / "train.parquet"), tokenizer, 128, 256, 0)
     heldout = evaluation_windows(str(EMBEDDED / "heldout.parquet"), tokenizer, 256)
     print("| bits | rounded: perplexity | KL | classic: perplexity | KL | tuned: perplexity | KL |\n|---|---|---|---|---|---|---|")
-    ways = ((RoundedToNearest, "classic"), (Quantization, "classic"), (Quantization, "tuned"))
+    ways = ((rounded_to_nearest, "classic"), (solve_group, "classic"), (solve_group, "tuned"))
     for bits in (4, 3, 2):
-        results = [judge(kind, QuantizeConfig(bits=bits, recipe=recipe), calibration, heldout) for kind, recipe in ways]
+        results = [judge(solve, QuantizeConfig(bits=bits, recipe=recipe), calibration, heldout) for solve, recipe in ways]
         cells = [f"{result[key]:{form}}" for result in results for key, form in (("quantized_perplexity", ".2f"), ("kl", ".4f"))]
         print(f"| {bits} | {' | '.join(cells)} |")
     print(f"\noriginal perplexity {results[0]['original_perplexity']:.2f}")

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, bytes_of, dense_twin, logits, quantize, save_model, windows
 
-from gptq_core import Quantization, QuantizeConfig, load_quantized
+from gptq_core import Quantization, QuantizeConfig, engine, load_quantized
 from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError, OutputHeldError
 
 W4 = QuantizeConfig(bits=4, group_size=32)
@@ -128,6 +128,7 @@ KILLED = textwrap.dedent("""
     from pathlib import Path
     from tiny import windows
     from gptq_core import Quantization, QuantizeConfig
+    from gptq_core import engine
     from gptq_core.checkpoint import writer
     model, out, block, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     run = Quantization.open(str(model), QuantizeConfig(bits=4, group_size=32), windows(), out, device="cpu")
@@ -139,8 +140,8 @@ KILLED = textwrap.dedent("""
         append = run.output._append
         run.output._append = lambda record: die() if record.get("block") == block else append(record)
     else:
-        solve = run._solve
-        run._solve = lambda path, *rest: die() if path.endswith(f".{block}") else solve(path, *rest)
+        solve = engine.solve_group
+        engine.solve_group = lambda members, *rest: die() if f".{block}." in members[0].name else solve(members, *rest)
     for index in range(run.block_count):
         run.quantize_block(index)
     run.assemble()
@@ -212,7 +213,7 @@ def test_a_failure_inside_a_block_can_be_retried(tmp_path, monkeypatch):
     quantize(model, tmp_path / "whole" / "out", W4)
     with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
         run.quantize_block(0)
-        monkeypatch.setattr(run, "_solve", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        monkeypatch.setattr(engine, "solve_group", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(OSError, match="the disk is full"):
             run.quantize_block(1)
         monkeypatch.undo()

@@ -1,0 +1,84 @@
+"""One input group: the Hessian that its members share in, the solution and the report of each member out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_core import solver
+from gptq_core.config import QuantizeConfig
+from gptq_core.errors import FactorizationError
+from gptq_core.factor import factorize
+from gptq_core.hessian import Hessian
+
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A linear of the group."""
+
+    name: str
+    """Full name."""
+    weight: Tensor
+    """(out, in)."""
+    config: QuantizeConfig
+
+
+def solve_group(members: list[Member], hessian: Hessian, timed: Timed) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
+    """(name, solution, report) of every member. `timed` measures the stages factor and sweep.
+
+    Members of equal config are factored once and solved as the stacked rows of one matrix. Raises FactorizationError, which names
+    the linears, unless their config allows rounding instead.
+    """
+    mean = hessian.mean()
+    alike: list[list[Member]] = []
+    for member in members:
+        same = next((part for part in alike if part[0].config == member.config), None)
+        same.append(member) if same else alike.append([member])
+    for part in alike:
+        yield from _solve_alike(part, mean, hessian.tokens, timed)
+
+
+def _solve_alike(
+    members: list[Member], hessian: Tensor, tokens: int, timed: Timed
+) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
+    config = members[0].config
+    weights = torch.cat([member.weight.float() for member in members])  # (out of all members, in)
+    fallback = None
+    try:
+        with timed("factor"):
+            factor = factorize(hessian, config, " + ".join(member.name for member in members))
+        with timed("sweep"):
+            solved = solver.solve(weights, factor, config)
+    except FactorizationError as error:
+        if config.on_failure != "round":
+            raise
+        factor, fallback = None, str(error)
+        solved = solver.round_to_nearest(weights, config)
+    start = 0
+    for member in members:
+        stop = start + member.weight.shape[0]
+        solution = solved.rows(start, stop)
+        if not torch.isfinite(solution.scales).all():
+            raise FactorizationError(f"{member.name}: scales are not finite; its weights are not finite or exceed float16")
+        report = {
+            "name": member.name,
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "in_features": weights.shape[1],
+            "out_features": stop - start,
+            "loss": float(solution.loss.double().sum()),
+            "relative_error": solver.relative_error(weights[start:stop], solution.loss, factor),
+            "tokens": tokens,
+            "damp_percent": factor.damp_percent if factor else config.damp_percent,
+            "failed_attempts": factor.failed_attempts if factor else None,
+            "fallback": fallback,
+        }
+        yield member.name, solution, report
+        start = stop
