@@ -81,6 +81,28 @@ def quantize(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML of the run; see configs/quantize.yaml.", show_default=False)],
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run would make and who will load it, from the model's headers: nothing is computed or written."""
+    with outcome():
+        from tasks.config import load
+        from tasks.prepare import foresee
+
+        found = foresee(load(config, settings(set_, {})))
+        if as_json:
+            show_json({"loads": [verdict.record() for verdict in found.verdicts], "quantized_layers": list(found.selection.layers),
+                       "left": found.selection.left, "bits_per_weight": found.bits_per_weight, "bytes": found.bytes,
+                       "original_bytes": found.original_bytes})
+        else:
+            from flows.screen import show_plan
+
+            show_plan(found)
+
+
+@app.command()
 def evaluate(
     checkpoint: Checkpoint,
     dataset: option(str, "Held-out text. Default: that of the run that made the checkpoint.", panel="Options") = None,
@@ -88,15 +110,17 @@ def evaluate(
     seqlen: option(int, "Tokens in a window.", panel="Options") = None,
     samples: option(int, "At most this many windows.", panel="Options") = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
+    backend: option(str, "Who runs the linears: torch, or a kernel of GPTQModel. Default: as in the run.", panel="Options") = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a checkpoint as it lies on disk, and its KL from the original where that is known."""
     with outcome():
-        from flows.request import EvaluationRequest, prepare_evaluation
+        from flows.request import EvaluationRequest, prepare_evaluation, runner
 
         request = validated(EvaluationRequest, checkpoint=str(checkpoint), dataset=dataset, model=model, seqlen=seqlen, samples=samples,
-                            device=device)
+                            device=device, backend=backend)
         prepare_evaluation(request)
+        runner(request)
         quiet()
         from flows.evaluate import evaluate as flow
 

@@ -7,7 +7,7 @@ from prefect import flow
 
 from flows import progress
 from flows.artifacts import Board
-from flows.request import EvaluationRequest, prepare_evaluation
+from flows.request import EvaluationRequest, prepare_evaluation, runner
 from tasks import record as records
 from tasks.data import save
 from tasks.evaluate import Progress
@@ -19,10 +19,11 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     """The numbers of tasks.evaluate, and the text and the original they were measured against."""
     report = progress.reporter()
     windows, original, revision = prepare_evaluation(request)
+    backend = runner(request)
     held_out = save(windows, records.beside(request.checkpoint, ".work"), "evaluation")
     with report.stage("evaluate", held_out["windows"]) as advance:
         numbers = evaluate_checkpoint(request.checkpoint, held_out["file"], original, revision, request.device, True,
-                                      Progress(lambda done, total: advance(done)))
+                                      Progress(lambda done, total: advance(done)), backend)
     result = {"checkpoint": request.checkpoint, "original": original, "dataset": held_out["source"], **numbers}
     Board("evaluate").table({key: value for key, value in result.items() if value is not None}, Path(request.checkpoint).name)
     return result

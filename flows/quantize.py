@@ -16,6 +16,7 @@ from flows import progress
 from flows.artifacts import Board
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.card import rewrite as write_card
+from gptq_core.config import kernel_name
 from gptq_core.errors import GPTQError
 from tasks import record as records
 from tasks.config import RunConfig
@@ -89,7 +90,7 @@ def _evaluate(config: RunConfig, record: dict[str, Any], report: progress.Report
     held_out = record["evaluation_data"]
     with report.stage("evaluate", held_out["windows"]) as advance:
         state = evaluate(str(config.out), held_out["file"], config.model.path, config.model.revision, config.model.device,
-                         config.evaluation.kl, Progress(lambda done, total: advance(done)), return_state=True)
+                         config.evaluation.kl, Progress(lambda done, total: advance(done)), config.quantization.backend, return_state=True)
     if state.is_completed():
         record["evaluation"] = state.result()
         record["stage_seconds"]["evaluate"] = record["evaluation"]["seconds"]
@@ -104,7 +105,8 @@ def _record(config: RunConfig, key: str, data: dict[str, Any]) -> dict[str, Any]
     same_work = stored is not None and stored.get("key") == key
     if same_work and stored.get("evaluation") and stored["seconds"] is not None:
         same_text = stored["evaluation"]["digest"] == data["evaluation"]["digest"]
-        if same_text and (stored["evaluation"]["kl"] is not None) == config.evaluation.kl:
+        same_runner = stored["evaluation"].get("backend", "torch") == (kernel_name(config.quantization.backend) or "torch")
+        if same_text and same_runner and (stored["evaluation"]["kl"] is not None) == config.evaluation.kl:
             return stored
     record = records.new(config, key)
     if same_work:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gptq_core.architecture import choose_device
+from gptq_core.backends import for_checkpoint
 from gptq_core.calibration import Windows, evaluation_windows
-from gptq_core.config import Schema
+from gptq_core.config import Backend, Schema
 from gptq_core.errors import InputError
 from gptq_core.source import load_tokenizer, model_limits
 from tasks import record as records
@@ -29,6 +31,8 @@ class EvaluationRequest(Schema):
     """At most this many windows; null: as in the run, or all."""
     device: Device = "auto"
     """cpu, cuda or cuda:N; auto: cuda where there is one."""
+    backend: Backend = None
+    """Who runs the quantized linears, as quantization.backend; null: as in the run."""
 
     @property
     def name(self) -> str:
@@ -54,6 +58,14 @@ def prepare_evaluation(request: EvaluationRequest) -> tuple[Windows, str | None,
     evaluation = settings["evaluation"] if settings else {}
     seqlen = request.seqlen or evaluation.get("seqlen") or DEFAULT_SEQLEN
     return _cut(request, request.dataset, seqlen, request.samples or evaluation.get("samples")), original, revision
+
+
+def runner(request: EvaluationRequest) -> str | None:
+    """The backend that is asked for, or the run's. InputError: the checkpoint or the device does not allow it."""
+    record = records.read(request.checkpoint)
+    backend = request.backend or (record["config"]["quantization"].get("backend") if record else None)
+    for_checkpoint(backend, request.checkpoint, choose_device(request.device))
+    return backend
 
 
 def _windows_of_the_run(request: EvaluationRequest, record: dict[str, Any]) -> Windows:

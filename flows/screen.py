@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gptq_core.plan import Plan
 from tasks.config import RunConfig
 from tasks.record import record_path
 
@@ -54,6 +55,8 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     places = Table(show_header=False, box=None, padding=(0, 2))
     places.add_row("checkpoint", str(config.out))
     places.add_row("record", str(record_path(config.out)))
+    if assembly.get("loads"):
+        places.add_row("loads in", loads_in(assembly["loads"]))
     if not tracked:
         places.add_row("MLflow", "not recorded; the same command tries again")
     else:
@@ -67,6 +70,8 @@ def show_inspection(found: dict[str, Any]) -> None:
     head = {"checkpoint": found["path"], "format": found["format"], "bits": found["bits"], "group size": found["group_size"],
             "symmetric": found["sym"], "desc_act": found["desc_act"], "bits per weight": found["bits_per_weight"],
             "size": size(found["bytes"]), "quantized layers": len(found["layers"]), "dense tensors": len(found["dense"])}
+    if found["loads"]:
+        head["loads in"] = loads_in(found["loads"])
     show_table(head)
     layers = Table(box=None, padding=(0, 2))
     for column in ("layer", "in", "out", "groups", "bits", "size"):
@@ -80,6 +85,25 @@ def show_inspection(found: dict[str, Any]) -> None:
         dense.add_row(tensor["name"], " x ".join(map(str, tensor["shape"])), tensor["dtype"], size(tensor["bytes"]))
     _console().print(layers)
     _console().print(dense)
+
+
+def show_plan(found: Plan) -> None:
+    """What a run would make, and who will load it."""
+    left = len(found.selection.left)
+    show_table({"quantized layers": len(found.selection.layers), "left as they are": left, "bits per weight": found.bits_per_weight,
+                "size": f"{size(found.bytes)} of {size(found.original_bytes)}"})
+    table = Table(box=None, padding=(0, 2))
+    for column in ("consumer", "loads", "why not"):
+        table.add_column(column)
+    for verdict in found.verdicts:
+        table.add_row(f"{verdict.consumer} {verdict.version}", "yes" if verdict.loads else "no", "\n".join(verdict.reasons))
+    _console().print(table)
+
+
+def loads_in(verdicts: list[dict[str, Any]]) -> str:
+    """The consumers that take a checkpoint, by their rules."""
+    return ", ".join(f"{row['consumer']} {row['version']}" for row in verdicts if row["loads"]) or "none of " + ", ".join(
+        row["consumer"] for row in verdicts)
 
 
 def _console() -> Console:

@@ -30,7 +30,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_core import architecture, grid, selection, solver, walk
+from gptq_core import architecture, backends, grid, plan, selection, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
@@ -70,6 +70,8 @@ class Quantization:
         self.block_count = len(self.decoder.blocks)
         self.stage_seconds: dict[str, float] = defaultdict(float)
         self.selection = selection.select(self.source, self.decoder, config)
+        head = architecture.head_name(self.decoder.model)
+        self._head = head if head in self.selection.layers else None
         self._batches: list[Tensor] = []
         self._hidden: list[Tensor] = []
         self._calls: list[dict[int, walk.Call]] = []
@@ -110,6 +112,14 @@ class Quantization:
             run.finished = run.output.open(run.key, record | {"tokens": run._text()}, overwrite)
             on_failure.pop_all()
         return run
+
+    def kernel(self, dtype: torch.dtype | None = None) -> backends.Kernel | None:
+        """The kernel that `config.backend` names, for what this run writes, on its device; None: plain torch. See backends.choose."""
+        planned = dict.fromkeys(
+            backends.Layer.planned(layer.config, layer.in_features, layer.out_features) for layer in self.selection.layers.values()
+        )
+        own = architecture.load_config(self.source.folder).dtype
+        return backends.choose(self.config.backend, planned, self.device, dtype, own)
 
     def __enter__(self) -> Quantization:
         return self
@@ -230,7 +240,7 @@ class Quantization:
         return record, resumed
 
     def _last_missing(self) -> int:
-        if self.config.lm_head and not any(r["kind"] == "rest" for r in self.output.records):
+        if self._head and not any(r["kind"] == "rest" for r in self.output.records):
             return self.block_count  # the head comes after the last block
         done = {r["block"] for r in self.output.records if r["kind"] == "block"}
         return max((i for i in range(self.block_count) if i not in done), default=-1)
@@ -327,7 +337,7 @@ class Quantization:
                     used.add(found)
                     if name not in block_names:
                         rest[name] = self.source.read(found)
-            head = self._quantize_head(rest) if self.config.lm_head else []
+            head = self._quantize_head(rest) if self._head else []
             self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest", "layers": head})
             records = [r for r in self.output.records if "file" in r]
             weight_map = {tensor: r["file"] for r in records for tensor in r["tensors"]}
@@ -346,7 +356,7 @@ class Quantization:
 
         Its inputs are the outputs of the last quantized block, taken through what stands between the two.
         """
-        model, name = self.decoder.model, architecture.head_name(self.decoder.model)
+        model, name = self.decoder.model, self._head
         if not 0 <= self._position <= self.block_count:
             self.capture()
         while self._position < self.block_count:
@@ -379,8 +389,9 @@ class Quantization:
             "bits_per_weight": bits / weights,
             "quantized_layers": len(layers),
             "fallback_layers": [layer["name"] for layer in layers if layer["fallback"]],
-            "lm_head": next((layer for layer in layers if layer["name"] == architecture.head_name(self.decoder.model)), None),
+            "lm_head": next((layer for layer in layers if layer["name"] == self._head), None),
             "skipped": [{"name": name, "reason": reason} for name, reason in self.selection.left.items()],
+            "loads": [verdict.record() for verdict in plan.loadability(self.config, self.selection)],
             "unused_source_tensors": unused,
         }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gptq_core import backends
 from gptq_core.architecture import choose_device, choose_dtype, load_config
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
@@ -27,9 +28,14 @@ LOGITS_AT_ONCE = 2**22
 Progress = Callable[[int, int], None]
 
 
-def load_for_evaluation(path: str, device: str = "auto", revision: str | None = None) -> PreTrainedModel:
-    """A dense model or a quantized checkpoint, ready to run: float32 on the CPU, the model's own dtype on a GPU."""
+def load_for_evaluation(path: str, device: str = "auto", revision: str | None = None, backend: str | None = None) -> PreTrainedModel:
+    """A dense model or a quantized checkpoint, ready to run: float32 on the CPU, the model's own dtype on a GPU.
+
+    backend: as in `load_quantized`; a kernel of GPTQModel runs in the dtype that it takes, and only a quantized checkpoint.
+    """
     folder, target = resolve(path, revision), choose_device(device)
+    if backends.named(backend):
+        return load_quantized(folder, device=target, backend=backend)
     config = load_config(folder)
     dtype = choose_dtype("auto", config, target)
     if getattr(config, "quantization_config", None):
@@ -44,9 +50,11 @@ def load_for_evaluation(path: str, device: str = "auto", revision: str | None = 
     return model.to(target).eval()
 
 
-def evaluate_one(model_path: str, windows: Windows, *, device: str = "auto", progress: Progress | None = None) -> dict[str, Any]:
-    """{"perplexity", "tokens"} of one model, dense or quantized."""
-    model = load_for_evaluation(model_path, device)
+def evaluate_one(
+    model_path: str, windows: Windows, *, device: str = "auto", backend: str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """{"perplexity", "tokens"} of one model, dense or quantized. backend: who runs the quantized linears, as in `load_quantized`."""
+    model = load_for_evaluation(model_path, device, backend=backend)
     nll, count = 0.0, 0
     for batch in _batches(windows, model, progress):
         targets = batch[:, 1:].flatten()
@@ -63,13 +71,14 @@ def evaluate_pair(
     kl: bool = True,
     revision: str | None = None,
     device: str = "auto",
+    backend: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token and top-1 agreement.
 
-    kl and top1_agreement are None with `kl=False`.
+    kl and top1_agreement are None with `kl=False`. backend: who runs the linears of `checkpoint`, as in `load_quantized`.
     """
-    models = [load_for_evaluation(original_path, device, revision), load_for_evaluation(checkpoint, device)]
+    models = [load_for_evaluation(original_path, device, revision), load_for_evaluation(checkpoint, device, backend=backend)]
     nll, divergence, agreed, count = [0.0, 0.0], 0.0, 0, 0
     for batch in _batches(windows, models[0], progress):
         targets = batch[:, 1:].flatten()

@@ -1,4 +1,4 @@
-"""Run a packed checkpoint in plain torch: QuantizedLinear and load_quantized."""
+"""Run a packed checkpoint: QuantizedLinear in plain torch, and load_quantized, which can also put GPTQModel's kernels in its place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptq_core import architecture, grid
+from gptq_core import architecture, backends, grid
 from gptq_core.checkpoint.format import layout, read_quantization_config
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import Checkpoint
@@ -45,19 +45,32 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, groups={self.scales.shape[0]}"
 
 
-def load_quantized(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> PreTrainedModel:
-    """A transformers model whose quantized linears run from the packed tensors in plain torch.
+def load_quantized(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+) -> PreTrainedModel:
+    """A transformers model whose quantized linears run from the packed tensors.
 
     dtype: of everything else and of the arithmetic; None is float32 on the CPU, where it costs nothing in accuracy, and the
-    checkpoint's own dtype elsewhere. device: None is the CPU. Reads `gptq` and `gptq_v2`, with or without g_idx, whoever wrote
-    them. Raises InputError for a folder that is not a GPTQ checkpoint, CorruptCheckpointError for one that contradicts itself.
+    checkpoint's own dtype elsewhere. device: None is the CPU. backend: None or 'torch' is plain torch; the name of a kernel of
+    GPTQModel (see `kernels`) puts that in, and where it does not take the default dtype, None is the checkpoint's own or else
+    float16 or bfloat16. Reads `gptq` and `gptq_v2`, with or without g_idx, whoever wrote them.
+
+    Raises InputError for a folder that is not a GPTQ checkpoint and for a backend that is unknown, not installed, or not
+    possible for this checkpoint and device; CorruptCheckpointError for a checkpoint that contradicts itself.
     """
     folder = Path(path)
     quantization = read_quantization_config(folder)
     target = torch.device(device or "cpu")
+    kernel = backends.for_checkpoint(backend, folder, target, dtype)
     source = Checkpoint(folder)
     config = architecture.load_config(folder)
-    if dtype is None:
+    if kernel:
+        dtype = kernel.dtype
+    elif dtype is None:
         dtype = torch.float32 if target.type == "cpu" else (config.dtype or torch.float16)
     del config.quantization_config  # transformers would otherwise look for kernels of its own
     model = architecture.empty_model(config, dtype)
@@ -75,6 +88,8 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype | None = None, device
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise CorruptCheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    if kernel:
+        backends.put_in(model, [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)], kernel)
     return model
 
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from gptq_core import backends
 from gptq_core.calibration import Windows, calibration_windows
 from gptq_core.checkpoint.format import quantization_config, read_quantization_config
 from gptq_core.config import QuantizeConfig, explain
@@ -98,7 +99,8 @@ class GPTQQuantizer:
     def quantize_model(self, model: PreTrainedModel, tokenizer: Any = None) -> PreTrainedModel:
         """Quantize `model` in place and return it. tokenizer: an object, a folder, or a hub id; not needed for tokenized data.
 
-        The weights pass through a folder of their own on disk (the size of the model), because the engine streams them.
+        The weights pass through a folder of their own on disk (the size of the model), because the engine streams them. With a
+        `backend` of GPTQModel its kernel runs the result, in the model's dtype; InputError before any work where it cannot.
         """
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -111,14 +113,17 @@ class GPTQQuantizer:
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(source)
         with Quantization.open(str(source), self.config, windows, out, device=str(model.device)) as run:
+            kernel = run.kernel(model.dtype)
             for index in range(run.block_count):
                 run.quantize_block(index)
             run.assemble()
         shutil.rmtree(source)
         quantized = load_quantized(out, dtype=model.dtype, device=model.device)
-        for name, module in list(quantized.named_modules()):
-            if isinstance(module, QuantizedLinear):
-                model.set_submodule(name, module)
+        packed = {name: module for name, module in quantized.named_modules() if isinstance(module, QuantizedLinear)}
+        for name, module in packed.items():
+            model.set_submodule(name, module)
+        if kernel:
+            backends.put_in(model, packed, kernel)
         model.config.quantization_config = read_quantization_config(out)
         return model.eval()
 
@@ -129,7 +134,7 @@ class GPTQQuantizer:
         """
         if not safe_serialization:
             raise InputError("safe_serialization = False: only safetensors are written; leave it out")
-        if self._work is None or not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        if self._work is None or not getattr(getattr(model, "config", None), "quantization_config", None):
             raise InputError("nothing to save: call quantize_model on this quantizer first, and save the model that it returned")
         target = Path(save_dir)
         if target.exists() and any(target.iterdir()):
@@ -153,14 +158,14 @@ class GPTQQuantizer:
 def load_quantized_model(model: nn.Module | None, save_folder: str, backend: str | None = None, device_map: Any = None) -> PreTrainedModel:
     """Optimum's loader: the model of a checkpoint folder. `model`, an empty one there, is not needed and may be None.
 
-    device_map: None is the CPU, or a single device as {"": device}; anything else raises InputError.
+    device_map: None is the CPU, or a single device as {"": device}; anything else raises InputError. backend: as in
+    `load_quantized`, and so is what it raises; 'torch' is this library here, and GPTQModel's torch kernel is 'gptq_torch'.
     """
-    QuantizeConfig(bits=4, backend=backend)  # the schema knows which runners there are
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
     if isinstance(device_map, dict) or device_map in ("auto", "balanced", "sequential"):
         raise InputError(f"device_map = {device_map!r}: a model is loaded onto one device; name it")
-    return load_quantized(save_folder, device=device_map)
+    return load_quantized(save_folder, device=device_map, backend=backend)
 
 
 def _ids(example: Any) -> list[int]:

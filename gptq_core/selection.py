@@ -49,9 +49,13 @@ class Selection:
 
     @property
     def modules(self) -> list[str] | None:
-        """Names inside a block that are quantized, where some are left and all blocks agree: readers without `dynamic` need it."""
+        """Names inside a block that are quantized, where some are left and all blocks agree: readers without `dynamic` need it.
+
+        None where the head is quantized: vLLM would take it for a dense one, and a reader without `dynamic` cannot read it.
+        """
         inner = [list(self.in_block(index)) for index in range(self.blocks)]
-        return inner[0] if self.left and all(names == inner[0] for names in inner) else None
+        head = any(not name.startswith(f"{self.prefix}.") for name in self.layers)
+        return inner[0] if self.left and not head and all(names == inner[0] for names in inner) else None
 
 
 def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Selection:
@@ -121,7 +125,8 @@ def _check_names(decoder: Decoder, config: QuantizeConfig, linears: dict[str, tu
 def _rules(decoder: Decoder, config: QuantizeConfig, layers: dict[str, Layer], left: dict[str, str]) -> dict[str, dict[str, Any]]:
     """The rules for the files: what was left out for any reason as negative rules, and rules that also cover fused names.
 
-    vLLM and SGLang look a fused linear up by its fused name, `qkv_proj` or `gate_up_proj`, so its members must agree.
+    vLLM and SGLang look a fused linear up by its fused name, `qkv_proj` or `gate_up_proj`, so rules may not part its members.
+    Where modules_in_block_to_quantize parts them, as Optimum allows, there is no rule to write.
     """
     rules = {
         _never_literal(rule): {k: v for k, v in changes.items() if k in KEYS_ON_DISK} for rule, changes in (config.dynamic or {}).items()
@@ -134,14 +139,14 @@ def _rules(decoder: Decoder, config: QuantizeConfig, layers: dict[str, Layer], l
         stored = {name: {key: getattr(layers[name].config, key) for key in KEYS_ON_DISK} if name in layers else None for name in members}
         first, wanted = next(iter(stored.items()))
         for name, found in stored.items():
-            if found != wanted:
+            if found != wanted and any(config.rule_for(member) for member in members):
                 raise InputError(
                     f"{first} and {name} are one linear in vLLM and SGLang, so they must agree in {', '.join(KEYS_ON_DISK)} and in being "
                     f"quantized ({wanted or 'left'} and {found or 'left'}); let a rule match ("
                     + "|".join(n.rpartition(".")[2] for n in members)
                     + ")"
                 )
-        if _on_disk(rules, config, fused) != wanted:
+        if len(set(map(str, stored.values()))) == 1 and _on_disk(rules, config, fused) != wanted:
             fused_rules[("-:" if wanted is None else "+:") + re.escape(fused) + "$"] = {} if wanted is None else wanted
     return fused_rules | rules
 

@@ -65,6 +65,8 @@ class OutputConfig(Schema):
     """Folder of the checkpoint; null: runs/<model>-w<bits>g<group_size>. `<dir>.run.json` and `<dir>.work` lie beside it."""
     overwrite: bool = False
     """Replace a checkpoint of another config that is already there; false: that is an error."""
+    profile: Literal["mixed", "portable"] = "mixed"
+    """portable: a config whose result vLLM, SGLang, transformers or GPTQModel will not load is an error; mixed: a note."""
 
     @field_validator("dir")
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from gptq_core import backends
 from gptq_core.calibration import Windows
 from gptq_core.evaluation import evaluate_one, evaluate_pair
 
@@ -24,14 +25,19 @@ class Progress:
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate(checkpoint: str, windows_file: str, original: str | None, revision: str | None, device: str, kl: bool,
-             progress: Progress) -> dict[str, Any]:
-    """The numbers of evaluate_pair, and seconds. Without an `original` only those that need none; the others are None."""
+             progress: Progress, backend: str | None = None) -> dict[str, Any]:
+    """The numbers of evaluate_pair, and seconds. Without an `original` only those that need none; the others are None.
+
+    backend: who runs the checkpoint's linears, as in load_quantized.
+    """
     started = time.perf_counter()
     windows = Windows.load(windows_file)
     if original is None:
-        alone = evaluate_one(checkpoint, windows, device=device, progress=progress.call)
+        alone = evaluate_one(checkpoint, windows, device=device, backend=backend, progress=progress.call)
         numbers = {"original_perplexity": None, "quantized_perplexity": alone["perplexity"], "kl": None, "top1_agreement": None,
                    "tokens": alone["tokens"], "windows": windows.count}
     else:
-        numbers = dict(evaluate_pair(original, checkpoint, windows, kl=kl, revision=revision, device=device, progress=progress.call))
-    return {**numbers, "digest": windows.digest, "seqlen": windows.seqlen, "seconds": time.perf_counter() - started}
+        numbers = dict(evaluate_pair(original, checkpoint, windows, kl=kl, revision=revision, device=device, backend=backend,
+                                     progress=progress.call))
+    return {**numbers, "backend": backends.named(backend) or "torch", "digest": windows.digest, "seqlen": windows.seqlen,
+            "seconds": time.perf_counter() - started}

@@ -6,9 +6,13 @@ import dataclasses
 from functools import lru_cache
 from pathlib import Path
 
+from gptq_core import backends
+from gptq_core.architecture import choose_device
 from gptq_core.calibration import Windows, calibration_windows, evaluation_windows, split_windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.engine import Quantization
+from gptq_core.errors import GPTQError, InputError
+from gptq_core.plan import Plan, loadability, objections, plan
 from gptq_core.source import load_tokenizer, model_limits
 from tasks.config import RunConfig
 
@@ -48,19 +52,35 @@ def _prepare(config_json: str, stamps: tuple) -> Prepared:
     return Prepared(seen, held_out, notes)
 
 
+def foresee(config: RunConfig) -> Plan:
+    """What the run would make and who will load it; reads config.json and headers, writes nothing."""
+    return plan(config.model.path, config.quantization, config.model.revision)
+
+
 def open_quantization(config: RunConfig, calibration: Windows) -> Quantization:
     """The engine on this request: checked, locked, resumed. OutputHeldError: another run writes there."""
-    return Quantization.open(
+    if config.output.profile == "portable":
+        refused = objections(foresee(config).verdicts, full=True)
+        if refused:
+            raise InputError(f"output.profile = 'portable': {'; '.join(refused)}; or set output.profile: mixed")
+    run = Quantization.open(
         config.model.path, config.quantization, calibration, config.out, revision=config.model.revision,
         dtype=config.model.dtype, device=config.model.device, overwrite=config.output.overwrite,
     )
+    try:
+        run.kernel()  # the evaluation at the end would be the first to miss it
+    except GPTQError:
+        run.close()
+        raise
+    return run
 
 
 def check(config: RunConfig) -> tuple[str, ...]:
     """Raise what is wrong with the request, the model, the texts and the output; return what was adjusted."""
+    backends.choose(config.quantization.backend, [], choose_device(config.model.device))  # is it installed: before a text is read
     prepared = prepare(config)
-    open_quantization(config, prepared.calibration).close()
-    return prepared.notes
+    with open_quantization(config, prepared.calibration) as job:
+        return (*prepared.notes, *objections(loadability(config.quantization, job.selection)))
 
 
 def _stamp(dataset: object) -> tuple[int, int] | None:

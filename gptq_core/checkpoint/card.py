@@ -32,6 +32,11 @@ def render(details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
         *(f"| {key} | {value} |" for key, value in config.items()), "",
         "```python", "from gptq_core import load_quantized", "", 'model = load_quantized("path/to/this/folder")', "```", "",
     ]  # fmt: skip
+    if summary.get("loads"):
+        lines += ["| loads in | by its rules |", "|---|---|"]
+        lines += [f"| {row['consumer']} {row['version']} | {'no: ' + '; '.join(row['reasons']) if row['reasons'] else 'yes'} |"
+                  for row in summary["loads"]]  # fmt: skip
+        lines.append("")
     if evaluation:
         lines += ["| measured on the checkpoint as written | |", "|---|---|"]
         lines += [f"| {label} | {evaluation[key]:.6g} |" for key, label in EVALUATION if evaluation.get(key) is not None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 from gptq_core.checkpoint.format import layout, read_quantization_config
 from gptq_core.checkpoint.reader import Checkpoint
+from gptq_core.checkpoint.writer import MANIFEST
 from gptq_core.errors import CorruptCheckpointError
 
 DTYPE_BYTES = {
@@ -57,9 +59,17 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         **{key: quantization.get(key) for key in ("bits", "group_size", "sym", "desc_act")},
         "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights if weights else None,
         "bytes": sum(size.values()),
+        "loads": _loads(Path(path)),
         "layers": layers,
         "dense": dense,
     }
+
+
+def _loads(folder: Path) -> list[dict[str, Any]] | None:
+    """What was found about its consumers when it was made; None where it is not one of ours."""
+    path = folder / MANIFEST
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1]).get("summary", {}).get("loads") if lines else None
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:

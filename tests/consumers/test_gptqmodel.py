@@ -77,3 +77,16 @@ def test_asymmetric_v1_loads_in_transformers_only(tmp_path):
     assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
     with pytest.raises(ValueError, match="sym=False"):
         by_gptqmodel(out)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("load", [by_gptqmodel, by_transformers])
+def test_negative_scales(load, bits, tmp_path):
+    """The searched scales of `recipe: tuned` take the sign of the side that needs the extra code; nothing in the format forbids it."""
+    out = quantized("llama", tmp_path, {"bits": bits, "group_size": 32, "recipe": "tuned"})
+    quantized_model = load_quantized(out)
+    scales = torch.cat([tensor.flatten() for name, tensor in quantized_model.state_dict().items() if name.endswith(".scales")])
+    assert 0.1 < float((scales < 0).float().mean()) < 0.9
+    expected = logits(quantized_model, windows().tokens)
+    found = logits(load(out), windows().tokens).float()
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())

@@ -19,6 +19,7 @@ def call(*args):
 def broken(tmp_path, tiny_llama, corpus, monkeypatch):
     """A working directory with the inputs that must be refused."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gptqmodel", None)  # as where it is not installed
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     for path in tiny_llama.iterdir():
@@ -49,6 +50,8 @@ GOOD = ["--model", "good", "--dataset", "good.txt", "--bits", "4", "--group-size
     ([*GOOD, "--set", "quantization.gruop_size=32"], "did you mean 'group_size'"),
     ([*GOOD, "--set", "quantization.bits"], "key.path=value"),
     ([*GOOD, "--format", "awq"], "quantization.format = 'awq'"),
+    ([*GOOD, "--set", "quantization.backend=marlyn"], "quantization.backend = 'marlyn': did you mean 'gptq_marlin'?"),
+    ([*GOOD, "--set", "quantization.backend=marlin", "--device", "cpu"], "backend = 'marlin': needs the package gptqmodel"),
     ([*GOOD, "--damp-percent", "1"], "damp_percent"),
     ([*GOOD, "--samples", "0"], "calibration.samples = 0"),
     ([*GOOD, "--device", "foo"], "model.device = 'foo': must be auto, cpu, cuda or cuda:N"),
@@ -57,6 +60,10 @@ GOOD = ["--model", "good", "--dataset", "good.txt", "--bits", "4", "--group-size
     ([*GOOD, "--seqlen", "1"], "evaluation.seqlen = 1"),
     ([*GOOD, "--set", "tracking.uri=mlruns"], "tracking.uri = 'mlruns': must be sqlite:///FILE.db"),
     ([*GOOD, "--desc-act", "--set", "quantization.act_group_aware=true"], "act_group_aware"),
+    ([*GOOD, "--bits", "3", "--set", "output.profile=portable"],
+     "output.profile = 'portable': vLLM 0.33 and SGLang 0.5.23 will not load this: bits 3 (must be 4 or 8): set quantization.bits; "),
+    ([*GOOD, "--asym", "--set", "output.profile=portable"], "GPTQModel 7.7 will not load this: sym false with format gptq"),
+    ([*GOOD, "--set", "output.profile=any"], "output.profile = 'any'"),
     (["run.yaml"], "did you mean 'group_size'"),
     (["gone.yaml"], "gone.yaml"),
     ([], "model.path is required"),
@@ -69,9 +76,24 @@ def test_wrong_input_is_one_line_and_exit_2_and_costs_nothing(broken, args, said
     assert sorted(path.name for path in broken.iterdir()) == before
 
 
+def test_the_plan_tells_who_will_load_the_result_and_writes_nothing(broken):
+    (broken / "run.yaml").write_text("model: {path: good}\nquantization: {bits: 3, group_size: 32, dataset: good.txt}\n")
+    before = sorted(path.name for path in broken.iterdir())
+    found = json.loads(call("plan", "run.yaml", "--json").stdout)
+    assert {row["consumer"]: row["loads"] for row in found["loads"]} == {
+        "vLLM": False, "SGLang": False, "transformers": True, "GPTQModel": True}
+    assert len(found["quantized_layers"]) == 14 and 3 < found["bits_per_weight"] < 5 and found["bytes"] < found["original_bytes"]
+    table = call("plan", "run.yaml", "--set", "quantization.group_size=16")
+    assert table.exit_code == 0 and "bits 3 (must be 4 or 8)" in table.stdout and "group_size 16 (must be" in table.stdout
+    assert call("plan", "gone.yaml").exit_code == 2
+    assert sorted(path.name for path in broken.iterdir()) == before
+
+
 @pytest.mark.parametrize("args", [
     ["inspect", "gone"], ["evaluate", "gone"], ["evaluate", "."], ["evaluate", ".", "--samples", "0"],
     ["evaluate", "good", "--dataset", "good.txt", "--seqlen", "1"], ["evaluate", "good", "--dataset", "good.txt", "--device", "meta"],
+    ["evaluate", "good", "--dataset", "good.txt", "--backend", "marlyn"],
+    ["evaluate", "good", "--dataset", "good.txt", "--backend", "marlin"],
 ])  # fmt: skip
 def test_a_checkpoint_that_is_none_is_one_line_and_exit_2(broken, args):
     result = call(*args)
@@ -107,7 +129,7 @@ def test_help_and_a_wrong_key_answer_without_torch_and_prefect(request):
             "print(sorted({'torch', 'transformers', 'prefect', 'mlflow'} & set(sys.modules)), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath, check=True)
     assert done.stderr.strip() == "[]"
-    for command in ("demo", "quantize", "evaluate", "inspect"):
+    for command in ("demo", "quantize", "plan", "evaluate", "inspect"):
         assert command in done.stdout
 
 

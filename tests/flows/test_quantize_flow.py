@@ -8,6 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+import tasks.evaluate
 from flows.cli import app
 from tasks import record as records
 
@@ -104,6 +105,25 @@ def test_a_failing_evaluation_keeps_the_checkpoint_and_is_made_up_for(home, args
     result = call(*args)
     assert result.exit_code == 0 and records.read(home / "kept")["evaluation"]["kl"] > 0
     assert len(records.read(home / "kept")["blocks"]) == 2
+
+
+def test_the_numbers_of_another_runner_are_not_its_own(home, args, monkeypatch):
+    args = [home / "ran" if arg == home / "out" else arg for arg in args]
+    assert call(*args).exit_code == 0
+    before, ours = files(home / "ran"), records.read(home / "ran")["evaluation"]
+    assert ours["backend"] == "torch"
+    asked, right = [], tasks.evaluate.evaluate_pair
+
+    def by_torch(*given, backend, **rest):
+        asked.append(backend)
+        return right(*given, backend=None, **rest)
+
+    monkeypatch.setattr("gptq_core.backends.choose", lambda *_args: None)
+    monkeypatch.setattr("tasks.evaluate.evaluate_pair", by_torch)
+    result = call(*args, "--set", "quantization.backend=marlin")
+    assert result.exit_code == 0 and "unchanged" in result.stderr, result.output
+    assert asked == ["marlin"] and records.read(home / "ran")["evaluation"]["backend"] == "gptq_marlin"
+    assert files(home / "ran") == before  # the same checkpoint, judged anew
 
 
 def test_a_block_that_fails_once_is_tried_again(home, args, monkeypatch):

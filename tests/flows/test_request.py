@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
+from pydantic import ValidationError
 
-from flows.request import EvaluationRequest, prepare_evaluation
+from flows.request import EvaluationRequest, prepare_evaluation, runner
 from gptq_core.errors import InputError
 from tasks import record as records
 from tasks.config import from_dict
@@ -77,3 +78,18 @@ def test_a_text_of_its_own_takes_any_window(run, corpus):
     out, data, _ = run(seqlen=32, dataset="text.txt")
     assert windows(out).digest == data["digest"]
     assert windows(out, seqlen=64).seqlen == 64
+
+
+def test_the_runner_is_the_one_asked_for_or_the_runs(run, monkeypatch):
+    out, _, _ = run()
+    asked = []
+    monkeypatch.setattr("flows.request.for_checkpoint", lambda backend, *_rest: asked.append(backend))
+    assert runner(EvaluationRequest(checkpoint=str(out))) is None
+    record = records.read(out)
+    record["config"]["quantization"]["backend"] = "gptq_marlin"
+    records.write(out, record)
+    assert runner(EvaluationRequest(checkpoint=str(out))) == "gptq_marlin"
+    assert runner(EvaluationRequest(checkpoint=str(out), backend="torch")) == "torch"
+    assert asked == [None, "gptq_marlin", "torch"]
+    with pytest.raises(ValidationError, match="did you mean 'gptq_marlin'"):
+        EvaluationRequest(checkpoint=str(out), backend="marlyn")

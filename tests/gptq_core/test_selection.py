@@ -186,3 +186,10 @@ def test_a_tied_head_is_refused(tmp_path):
     model = save_model("qwen2_tied_with_bias", tmp_path / "model")
     with pytest.raises(InputError, match=r"lm_head = true: the head of this qwen2 model is tied.*leave lm_head out"):
         select(model, tmp_path, lm_head=True)
+
+
+def test_a_head_that_a_rule_leaves_out_stays_dense(llama, tmp_path):
+    found = quantize(llama, tmp_path / "out", QuantizeConfig(**W4, lm_head=True, dynamic={"-:lm_head": {}}))
+    assert found["lm_head"] is None
+    assert {"name": "lm_head", "reason": "dynamic: -:lm_head"} in found["skipped"]
+    assert isinstance(load_quantized(tmp_path / "out").lm_head, torch.nn.Linear)

@@ -1,6 +1,9 @@
+import sys
+
 import pytest
 
 import tasks.prepare
+from gptq_core.errors import InputError
 from tasks.config import from_dict
 from tasks.evaluate import Progress, evaluate
 
@@ -43,3 +46,68 @@ def test_the_revision_reaches_the_evaluation(config, monkeypatch, tmp_path):
     tasks.prepare.prepare(config).evaluation.save(path)
     evaluate.fn("checkpoint", str(path), config.model.path, config.model.revision, "cpu", True, Progress(None))
     assert seen == [(config.model.path, "v1.2")]
+
+
+def test_a_kernel_that_is_not_installed_is_missed_before_a_text_is_read(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gptqmodel", None)
+    monkeypatch.setattr(tasks.prepare, "prepare", lambda config: pytest.fail("a text was read"))
+    wanted = config.model_copy(update={"quantization": config.quantization.model_copy(update={"backend": "gptq_marlin"})})
+    with pytest.raises(InputError, match=r"backend = 'gptq_marlin': .*pip install 'gptq-pipeline\[kernels\]'"):
+        tasks.prepare.check(wanted)
+
+
+def test_a_kernel_that_cannot_run_what_will_be_written_is_refused_and_the_output_let_go(config, monkeypatch):
+    asked = []
+
+    def choose(backend, layers, device, *_rest):
+        asked.append([str(layer) for layer in layers])
+        if asked[-1]:
+            raise InputError("not these layers")
+
+    monkeypatch.setattr("gptq_core.backends.choose", choose)
+    with pytest.raises(InputError, match="not these layers"):
+        tasks.prepare.check(config)
+    assert asked[0] == []
+    assert "4 bits, group_size -1, desc_act False, sym True, 128 x 256" in asked[1]
+    monkeypatch.undo()
+    tasks.prepare.check(config)  # the lock is free
+
+
+@pytest.mark.parametrize("original", [None, "original"])
+def test_the_backend_reaches_the_evaluation(original, config, monkeypatch, tmp_path):
+    seen = []
+
+    def judged(*_args, backend, **_kwargs):
+        seen.append(backend)
+        return {"perplexity": 1.0, "tokens": 1}
+
+    monkeypatch.setattr("tasks.evaluate.evaluate_pair", judged)
+    monkeypatch.setattr("tasks.evaluate.evaluate_one", judged)
+    path = tmp_path / "windows.safetensors"
+    tasks.prepare.prepare(config).evaluation.save(path)
+    result = evaluate.fn("checkpoint", str(path), original, None, "cpu", True, Progress(None), "marlin")
+    assert seen == ["marlin"]
+    assert result["backend"] == "gptq_marlin"
+
+
+def changed(config, room, **values):
+    return config.model_copy(update={room: getattr(config, room).model_copy(update=values)})
+
+
+def test_who_will_not_load_the_result_is_a_note_and_with_the_portable_profile_an_error_before_any_work(config, tmp_path):
+    config = changed(config, "evaluation", seqlen=16)
+    assert tasks.prepare.check(changed(config, "output", profile="portable")) == ()
+    wanted = changed(config, "quantization", bits=3)
+    assert tasks.prepare.check(wanted) == ("vLLM 0.33 and SGLang 0.5.23 will not load this: bits 3 (must be 4 or 8)",)
+    elsewhere = changed(wanted, "output", profile="portable", dir=str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match=r"profile = 'portable'.*vLLM 0.33 and SGLang.*bits 3.*: set quantization.bits; or set output"):
+        tasks.prepare.check(elsewhere)
+    assert not list(tmp_path.glob("elsewhere*"))
+
+
+def test_the_profile_is_not_part_of_what_is_made(config):
+    keys = set()
+    for profile in ("mixed", "portable"):
+        with tasks.prepare.open_quantization(changed(config, "output", profile=profile), tasks.prepare.prepare(config).calibration) as job:
+            keys.add(job.key)
+    assert len(keys) == 1
