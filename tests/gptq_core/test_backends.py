@@ -33,7 +33,7 @@ def fake(monkeypatch):
         def _validate(cls, bits, dtype, **_rest):
             return bits == 4, None if bits == 4 else NotImplementedError(f"{cls} only supports `[4]` bits: actual `{bits}`. Try another.")
 
-    monkeypatch.setattr(kernels, "_kernel", lambda name, backend=None: Linear)
+    monkeypatch.setattr(backends, "_kernel", lambda name, backend=None: Linear)
     importer = ModuleType("importer")
     importer.validate_quant_linear = lambda linear, **asked: linear._validate(**asked)
     for name in ("gptqmodel", "gptqmodel.utils"):
@@ -112,7 +112,7 @@ def test_dtype_is_asked_for_or_one_that_the_kernel_takes(fake):
 
 def test_load_quantized_hands_over_every_packed_linear(fake, out, monkeypatch):
     seen = {}
-    monkeypatch.setattr(kernels, "put_in", lambda model, names, kernel: seen.update(names=names, kernel=kernel))
+    monkeypatch.setattr(backends, "put_in", lambda model, names, kernel: seen.update(names=names, kernel=kernel))
     model = load_quantized(out, backend="marlin")
     assert len(seen["names"]) == 14
     assert seen["kernel"].name == "gptq_marlin"
