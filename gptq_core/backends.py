@@ -157,9 +157,6 @@ def _layer(name: str, qweight: Sequence[int], scales: Sequence[int], qzeros: Ten
     size = -1 if groups == 1 else columns // groups
     in_order = g_idx is None or groups == 1 or torch.equal(g_idx.cpu() % groups, torch.arange(columns, dtype=torch.int32) // size)
     zeros = unpack_zeros(qzeros, bits, format)
-    if int(zeros.max()) >= 2**bits:  # v1 stores zero - 1, so a file can say it
-        raise CorruptCheckpointError(f"{name}: a zero point of {int(zeros.max())} at {bits} bits, which no kernel of GPTQModel can hold; "
-                                     "backend 'torch' runs the file as it is")  # fmt: skip
     return Layer(bits, size, not in_order, bool((zeros == 2 ** (bits - 1)).all()), columns, out)
 
 

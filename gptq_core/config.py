@@ -25,8 +25,10 @@ KERNELS = (
 
 
 def kernel_name(backend: str | None) -> str | None:
-    """The kernel in GPTQModel that a `backend` names; None for this library's own path, None or 'torch'. ValueError: neither."""
-    if backend in (None, "torch"):
+    """The kernel in GPTQModel that a `backend` names; None for this library's own path: None, 'torch', or Optimum's 'auto' and
+    'auto_trainable', which leave the choice to the library. ValueError: neither."""
+    backend = backend and backend.lower()
+    if backend in (None, "torch", "auto", "auto_trainable"):
         return None
     name = backend if backend.startswith("gptq_") else f"gptq_{backend}"
     if name not in KERNELS:

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gptq_core import backends
+from gptq_core.architecture import choose_device
 from gptq_core.calibration import Windows, calibration_windows
 from gptq_core.checkpoint.format import quantization_config, read_quantization_config
 from gptq_core.config import QuantizeConfig, explain
@@ -35,8 +36,8 @@ SAMPLES = 128
 """Windows drawn from a text, as in Optimum and the paper."""
 LONGEST_WINDOW = 2048
 """Default of model_seqlen where the model allows more, as in the paper: 128k tokens a window would not fit most machines."""
-KEYS_OF_THE_FILE = {"quant_method", "checkpoint_format", "pack_dtype", "lm_head", "static_groups"}
-"""Keys of a written quantization_config that the constructor does not take; from_dict passes over them."""
+KEYS_PASSED_OVER = {"quant_method", "checkpoint_format", "pack_dtype", "lm_head", "static_groups", "tokenizer", "max_input_length"}
+"""Keys of a written quantization_config and of transformers' GPTQConfig that the constructor does not take."""
 
 
 class GPTQQuantizer:
@@ -93,8 +94,10 @@ class GPTQQuantizer:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> GPTQQuantizer:
-        """The quantizer of a dict such as `to_dict` gives or a checkpoint holds."""
-        return cls(**{key: value for key, value in config_dict.items() if key not in KEYS_OF_THE_FILE})
+        """The quantizer of a dict such as `to_dict` gives, a checkpoint holds, or transformers' GPTQConfig gives."""
+        if config_dict.get("lm_head"):
+            raise InputError("lm_head = true: this class leaves the head alone; use QuantizeConfig(lm_head=True) with Quantization")
+        return cls(**{key: value for key, value in config_dict.items() if key not in KEYS_PASSED_OVER})
 
     def quantize_model(self, model: PreTrainedModel, tokenizer: Any = None) -> PreTrainedModel:
         """Quantize `model` in place and return it. tokenizer: an object, a folder, or a hub id; not needed for tokenized data.
@@ -155,16 +158,33 @@ class GPTQQuantizer:
         return calibration_windows(dataset, tokenizer, SAMPLES, max(seqlen, 1), 0)
 
 
-def load_quantized_model(model: nn.Module | None, save_folder: str, backend: str | None = None, device_map: Any = None) -> PreTrainedModel:
+def load_quantized_model(
+    model: nn.Module | None,
+    save_folder: str,
+    backend: str | None = None,
+    quant_config_name: str = "quantize_config.json",
+    state_dict_name: str | None = None,
+    device_map: Any = None,
+    max_memory: dict[Any, Any] | None = None,
+    no_split_module_classes: list[str] | None = None,
+    offload_folder: str | None = None,
+    offload_buffers: bool | None = None,
+    offload_state_dict: bool = False,
+) -> PreTrainedModel:
     """Optimum's loader: the model of a checkpoint folder. `model`, an empty one there, is not needed and may be None.
 
-    device_map: None is the CPU, or a single device as {"": device}; anything else raises InputError. backend: as in
-    `load_quantized`, and so is what it raises; 'torch' is this library here, and GPTQModel's torch kernel is 'gptq_torch'.
+    device_map: a device, as itself or as {"": device}; None, "auto", "balanced" and "sequential" are the first GPU, or the CPU where
+    there is none. The model goes there whole, so what would part it has no effect: max_memory, no_split_module_classes and the
+    offload arguments; a map over several devices raises InputError. The files are found by their kind: quant_config_name and
+    state_dict_name have no effect. backend: as in `load_quantized`, and so is what it raises; 'torch' is this library here, and
+    GPTQModel's torch kernel is 'gptq_torch'.
     """
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
-    if isinstance(device_map, dict) or device_map in ("auto", "balanced", "sequential"):
+    if isinstance(device_map, dict):
         raise InputError(f"device_map = {device_map!r}: a model is loaded onto one device; name it")
+    if device_map in (None, "auto", "balanced", "balanced_low_0", "sequential"):
+        device_map = choose_device("auto")
     return load_quantized(save_folder, device=device_map, backend=backend)
 
 

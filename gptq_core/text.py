@@ -34,6 +34,7 @@ HUB = {
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
 }  # fmt: skip
+HUB["c4-new"] = HUB["c4"]  # Optimum's second name for the same files
 
 
 def read_documents(dataset: str | list[str], evaluation: bool = False) -> Iterator[str]:

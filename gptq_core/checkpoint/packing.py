@@ -56,6 +56,13 @@ def pack_zeros(zeros: UInt8[Tensor, "groups out"], bits: int, format: str) -> In
 
 
 def unpack_zeros(qzeros: Int32[Tensor, "groups words"], bits: int, format: str) -> UInt8[Tensor, "groups out"]:
-    """`qzeros` to zero points."""
+    """`qzeros` to zero points, in v1 also where a writer took 1 from every code although some were 0.
+
+    GPTQModel subtracts it from the whole word, so that such a code borrows from its neighbour, and adds it to the whole word again;
+    at 3 bits, where codes straddle words, it wraps each code by itself. Where no zero point is 0 all ways are the same.
+    """
+    if format == "gptq" and bits != 3:
+        ones = sum(1 << shift for shift in range(0, 32, bits))
+        qzeros = qzeros + (ones - 2**32 if ones >= 2**31 else ones)  # int32 wraps as the writer's subtraction did
     stored = unpack(qzeros.T.contiguous(), bits).T
-    return stored.contiguous() if format == "gptq_v2" else stored + 1
+    return ((stored + 1) & 7 if format == "gptq" and bits == 3 else stored).contiguous()

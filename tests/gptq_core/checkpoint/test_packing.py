@@ -53,3 +53,16 @@ def test_round_trip_and_oracle(bits, units, columns, seed):
 def test_v1_refuses_a_zero_point_of_zero():
     with pytest.raises(AssertionError, match="zero point of 0"):
         pack_zeros(torch.zeros(1, 32, dtype=torch.uint8), 4, "gptq")
+
+
+@pytest.mark.parametrize("bits", GOLDEN_COUNTING)
+def test_v1_of_another_writer_with_zero_points_of_zero_is_read_as_it_was_meant(bits):
+    """GPTQModel takes 1 from every code of a word at once, so that zeros borrow from their neighbours; at 3 bits, from each code."""
+    zeros = torch.randint(0, 2**bits, (3, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert bool((zeros == 0).any())
+    if bits == 3:
+        stored = pack(((zeros.int() - 1) % 8).to(torch.uint8).T.contiguous(), bits).T
+    else:
+        true = pack(zeros.T.contiguous(), bits).T.to(torch.int64) & 0xFFFFFFFF
+        stored = ((true - sum(1 << shift for shift in range(0, 32, bits))) & 0xFFFFFFFF).to(torch.int32)
+    assert torch.equal(unpack_zeros(stored.contiguous(), bits, "gptq"), zeros)
