@@ -8,7 +8,7 @@ leaving most of a model in silence as it was would look like success.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +121,14 @@ def head_name(model: PreTrainedModel) -> str | None:
     """Name of the output head, such as `lm_head`."""
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """Modules that own tensors outside the decoder blocks."""
+    inside = {id(m) for m in blocks.modules()}
+    for module in model.modules():
+        if id(module) not in inside and not any(True for _ in module.children()):
+            yield module
 
 
 def source_name(model: PreTrainedModel, name: str, available: Callable[[str], bool]) -> str | None:

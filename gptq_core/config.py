@@ -63,13 +63,14 @@ class Schema(BaseModel):
         return data
 
 
-RECIPES: dict[Any, dict[str, Any]] = {"tuned": {"static_groups": True, "scale_search": "weighted", "refit": True}}
+TUNED = {"static_groups": True, "scale_search": "weighted", "refit": True, "descent": 1}
+BEST = TUNED | {"descent": 2, "target_shift": 1.0, "residual_shift": 0.5}
+RECIPES: dict[Any, dict[str, Any]] = {"classic": {}, "tuned": TUNED, "best": BEST, "max": BEST | {"tuning_steps": 50}}
 """What a recipe sets where the config says nothing; the expanded fields are what is logged."""
 
 
 RULE_KEYS = (
-    "bits", "group_size", "sym", "damp_percent", "desc_act", "act_group_aware", "static_groups", "activation_order", "scale_search",
-    "refit",
+    "bits", "group_size", "sym", "damp_percent", "desc_act", "act_group_aware", "static_groups", "scale_search", "refit", "descent",
 )  # fmt: skip
 """What a rule of `dynamic` may set for the linears that it matches."""
 
@@ -83,16 +84,15 @@ class QuantizeConfig(Schema):
     """Calibration text: a file (.txt, .jsonl, .parquet), a named hub dataset (wikitext2, c4), texts, or rows of token ids."""
     group_size: Annotated[int, Field(strict=True)] = 128
     """Input columns that share a scale; -1: the whole row. Must divide the input size of every quantized linear."""
-    damp_percent: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of mean(diag H) added to the diagonal of H."""
+    damp_percent: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 0.1
+    """Share of mean(diag H) added to the diagonal of H. auto: half the input columns of the layer over the tokens that it saw."""
     desc_act: bool = False
     """Process columns by decreasing diag(H) and let groups follow that order (a non-trivial g_idx on disk)."""
     act_group_aware: bool = True
-    """Reorder whole groups, and columns inside a group, by diag(H); g_idx stays trivial. Gives way to desc_act and static_groups."""
+    """Process columns by decreasing diag(H) as far as g_idx stays trivial: with static_groups in that very order, without them whole
+    groups, and the columns inside each. Gives way to desc_act."""
     static_groups: bool = False
-    """Fit all scales on the original weights before the sweep, instead of group by group on the conditional targets."""
-    activation_order: bool = False
-    """With static_groups: process columns by decreasing diag(H); g_idx stays trivial. On by default there."""
+    """Fit all scales on the target weights before the sweep, instead of group by group on the conditional targets."""
     sym: bool = True
     """Zero point fixed at 2^(bits-1). False: a fitted integer zero point a group."""
     true_sequential: bool = True
@@ -113,10 +113,22 @@ class QuantizeConfig(Schema):
     scale_search: Literal["min_max", "weighted"] = "min_max"
     """Scales from the extremes of a group, or searched for the least error weighted by diag(H); symmetric ones may be negative."""
     refit: bool = False
-    """After the sweep, solve for the scales again with the codes frozen, and keep them where the loss falls."""
-    recipe: Literal["classic", "tuned"] = "classic"
+    """After the sweep, move every scale to its best value given the codes and all other scales."""
+    descent: Annotated[int, Field(ge=0)] = 0
+    """Passes of coordinate descent after the sweep: every code to its best value given all others, and every scale with refit."""
+    target_shift: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of what the quantized layers before have changed in a layer's inputs that its target weights make up for; above 0 the
+    original model runs beside the quantized one."""
+    residual_shift: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """With target_shift: share of the error that stands in the residual stream that the layers which write to it make up for."""
+    shift_damp_percent: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    """Share of mean(diag H) added to the diagonal of H when targets are shifted. auto: the input columns over the tokens."""
+    tuning_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of gradient descent on the codes and scales of a block, against the outputs of the original block."""
+    recipe: Literal["classic", "tuned", "best", "max"] = "tuned"
     """A named set of defaults for the fields above. classic: the paper's method, option for option as in Optimum and GPTQModel.
-    tuned: static groups in activation order, searched and refitted scales; better at equal bits, in the same files."""
+    tuned: static groups, searched and refitted scales, descent. best: also shifted targets, for a second forward. max: also block
+    tuning. All write the same kind of files."""
     strict: bool = True
     """A linear that cannot be packed (size not divisible) is an error. False: it is left in its dtype and reported."""
     on_failure: Literal["error", "round"] = "error"
@@ -134,11 +146,10 @@ class QuantizeConfig(Schema):
     def _defaults_give_way(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = {**RECIPES.get(data.get("recipe"), {}), **data}
-        if data.get("desc_act") is True or data.get("static_groups") is True:
+        recipe = data.get("recipe", cls.model_fields["recipe"].default)
+        data = _beside(RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}, data) | data
+        if data.get("desc_act") is True:
             data.setdefault("act_group_aware", False)
-        if data.get("static_groups") is True:
-            data.setdefault("activation_order", True)
         return data
 
     @model_validator(mode="after")
@@ -147,13 +158,15 @@ class QuantizeConfig(Schema):
             raise ValueError("act_group_aware: true works only with desc_act: false; leave one of them out")
         if self.static_groups and self.desc_act:
             raise ValueError(
-                "static_groups: true excludes desc_act: true; static groups take activation_order: true instead, "
+                "static_groups: true excludes desc_act: true; static groups take act_group_aware: true instead, "
                 "the same order with a g_idx that every consumer loads"
             )
-        if self.static_groups and self.act_group_aware:
-            raise ValueError("static_groups: true excludes act_group_aware: true; use activation_order")
-        if self.activation_order and not self.static_groups:
-            raise ValueError("activation_order: true works only with static_groups: true; without them use desc_act or act_group_aware")
+        if self.residual_shift and not self.target_shift:
+            raise ValueError("residual_shift works only with target_shift above 0")
+        if self.tuning_steps and not self.target_shift:
+            raise ValueError(
+                "tuning_steps works only with target_shift above 0, for which the original model runs beside the quantized one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -176,7 +189,7 @@ class QuantizeConfig(Schema):
 
     def _changed(self, changes: dict[str, Any]) -> QuantizeConfig:
         chosen = self.model_dump(include=self.model_fields_set - {"dynamic"})
-        return QuantizeConfig.model_validate(chosen | changes)
+        return QuantizeConfig.model_validate(_beside(chosen, changes) | changes)
 
     def rule_for(self, name: str) -> str | None:
         """The rule of `dynamic` that decides about the linear of this full name."""
@@ -207,6 +220,17 @@ class QuantizeConfig(Schema):
     def groups_of(self, in_features: int) -> int:
         """Number of groups along a row of `in_features` columns."""
         return 1 if self.group_size == -1 else in_features // self.group_size
+
+
+def _beside(defaults: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that can stand beside what was chosen."""
+    excluded = {
+        "static_groups": chosen.get("desc_act") is True,
+        "act_group_aware": chosen.get("desc_act") is True,
+        "residual_shift": chosen.get("target_shift", 1) == 0,
+        "tuning_steps": chosen.get("target_shift", 1) == 0,
+    }
+    return {key: value for key, value in defaults.items() if not excluded.get(key)}
 
 
 def expression(rule: str) -> str:

@@ -13,6 +13,8 @@ forward, which restores the activations exactly, so that nothing but finished bl
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -30,7 +32,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_core import architecture, backends, grid, plan, selection, solver, walk
+from gptq_core import architecture, backends, grid, selection, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
@@ -39,7 +41,9 @@ from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import InputError
 from gptq_core.group import Member, solve_group
-from gptq_core.hessian import Hessian
+from gptq_core.hessian import Hessian, Shift
+from gptq_core.summary import summarize
+from gptq_core.tuning import tune
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
@@ -74,6 +78,7 @@ class Quantization:
         self._head = head if head in self.selection.layers else None
         self._batches: list[Tensor] = []
         self._hidden: list[Tensor] = []
+        self._original: list[Tensor] = []  # the same batches in the original model, where targets are shifted
         self._calls: list[dict[int, walk.Call]] = []
         self._position = -1  # the block that self._hidden enters; -1: none, capture comes first
         self._prefetcher = ThreadPoolExecutor(max_workers=1)
@@ -103,6 +108,9 @@ class Quantization:
         if (largest := int(windows.tokens.max())) >= vocabulary or int(windows.tokens.min()) < 0:
             raise InputError(f"token id {largest} in the calibration windows: the model's vocabulary ends at {vocabulary - 1}; "
                              "use the model's own tokenizer")  # fmt: skip
+        if config.tuning_steps and windows.count < 2:
+            raise InputError(f"quantization.tuning_steps = {config.tuning_steps}: one calibration window cannot both drive and judge "
+                             "the tuning; give calibration.samples of 2 or more")  # fmt: skip
         run = cls(source, model_config, config, windows, target, architecture.choose_dtype(dtype, model_config, target))
         run.output = OutputFolder(Path(out))
         with ExitStack() as on_failure:
@@ -130,7 +138,7 @@ class Quantization:
     def close(self) -> None:
         """Release the lock and the memory. Finished blocks stay on disk."""
         self._prefetcher.shutdown(cancel_futures=True)
-        self._hidden, self._prefetched = [], {}
+        self._hidden, self._original, self._prefetched = [], [], {}
         if hasattr(self, "output"):
             self.output.close()
 
@@ -175,35 +183,15 @@ class Quantization:
         batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // self.windows.seqlen)
         self._batches = [b.to(self.device) for b in self.windows.tokens.split(batch)]
         with self._timed("forward"):
-            self._as_tuple = self._probe_output_type(self._batches[0][:1])
+            architecture.fill(blocks[0], f"{self.decoder.prefix}.0", self._read, self.device, self.dtype)
+            self._as_tuple = walk.returns_tuple(model.base_model, blocks[0], self._batches[0][:1])
+            architecture.empty(blocks[0])
             self._hidden, self._calls = walk.capture(model.base_model, blocks, self._batches, self._as_tuple)
+        self._original = list(self._hidden) if self.config.target_shift else []
         self._position = 0
-        for child in _outside(model, blocks):
+        for child in architecture.outside(model, blocks):
             architecture.empty(child)
         return {"batches": len(self._batches), "tokens": self.windows.tokens.numel(), "hidden_size": self._hidden[0].shape[-1]}
-
-    def _probe_output_type(self, batch: Tensor) -> bool:
-        """Whether a block returns a tuple, seen by running the first one for real."""
-        first, seen = self.decoder.blocks[0], []
-
-        class Reached(Exception):
-            pass
-
-        def stop(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            seen.append(isinstance(output, tuple))
-            raise Reached
-
-        architecture.fill(first, f"{self.decoder.prefix}.0", self._read, self.device, self.dtype)
-        handle = first.register_forward_hook(stop)
-        try:
-            with torch.no_grad():
-                self.decoder.model.base_model(input_ids=batch, use_cache=False)
-        except Reached:
-            pass
-        finally:
-            handle.remove()
-            architecture.empty(first)
-        return seen[0]
 
     def quantize_block(self, index: int) -> dict[str, Any]:
         """Quantize one decoder block and commit it to disk, or replay it if that is already done.
@@ -261,6 +249,11 @@ class Quantization:
             architecture.fill(block, path, read, self.device, self.dtype)
         with self._timed("forward"):
             walk.run(block, self._hidden, self._calls[index])
+        if self._original:
+            with self._timed("read"):
+                architecture.fill(block, path, self._read, self.device, self.dtype)
+            with self._timed("forward"):
+                walk.run(block, self._original, self._calls[index])
 
     def _quantize(self, index: int, block: nn.Module, path: str) -> dict[str, Any]:
         with self._timed("read"):
@@ -272,30 +265,70 @@ class Quantization:
         wanted = {name: linears[name] for name in configs}
         with self._timed("forward"):
             first = self._hidden[0][:1]
-            groups = walk.discover(block, wanted, first, self._call_for_one(index))
+            groups = walk.discover(block, wanted, first, self._call(index).cut(1))
         unreached = set(wanted) - {name for group in groups for name in group.names}
         if unreached:
             raise InputError(f"{path}.{min(unreached)}: a forward never reaches this linear, so it has no calibration inputs")
         solutions: dict[str, solver.Solution] = {}
         reports: dict[str, dict[str, Any]] = {}
 
-        def solve(group: walk.InputGroup, hessian: Hessian) -> None:
-            members = [Member(f"{path}.{name}", wanted[name].weight, configs[name]) for name in group.names]
-            for name, solution, report in solve_group(members, hessian, self._timed):
+        original = self._twin(index, block, wanted)
+        writers = original.writers if original else ()
+
+        def solve(group: walk.InputGroup, hessian: Hessian, shift: Shift | None) -> None:
+            members = [Member(f"{path}.{name}", wanted[name].weight, configs[name], name in writers) for name in group.names]
+            for name, solution, report in solve_group(members, hessian, shift, self._timed):
                 solutions[name], reports[name] = solution, report
                 linear = wanted[name.removeprefix(f"{path}.")]
                 linear.weight.data = solution.weight(self.dtype)
                 if linear.bias is not None:  # float16 on disk: what follows must see what a consumer will compute
                     linear.bias.data = linear.bias.half().to(self.dtype)
 
+        inputs = list(self._hidden)
         before, started = sum(self.stage_seconds.values()), time.perf_counter()
-        walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential)
+        walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original)
         # what the walk did beside solving: forwards, and the products that feed the Hessians
         self.stage_seconds["forward and hessian"] += time.perf_counter() - started - (sum(self.stage_seconds.values()) - before)
+        tuning = None
+        if self.config.tuning_steps:
+            with self._timed("tuning"):
+                solutions, tuning = self._tune(index, block, wanted, solutions, inputs)
         with self._timed("pack"):
             shard = self._packed(tensors, solutions)
         with self._timed("write"):
-            return self.output.write_shard(self._file(index), shard, {"kind": "block", "block": index, "layers": list(reports.values())})
+            record = {"kind": "block", "block": index, "layers": list(reports.values())} | ({"tuning": tuning} if tuning else {})
+            return self.output.write_shard(self._file(index), shard, record)
+
+    def _twin(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> walk.Original | None:
+        """A copy of the block that stays as it is, for the original model's hidden states; None where targets are not shifted."""
+        if not self._original:
+            return None
+        writers: frozenset[str] = frozenset()
+        if self.config.residual_shift:
+            with self._timed("forward"):
+                writers = walk.residual_writers(block, linears, self._hidden[0][:1], self._call(index).cut(1))
+        twin = copy.deepcopy(block)
+        inner = architecture.linears_of(twin)
+        return walk.Original(twin, {name: inner[name] for name in linears}, self._original, writers)
+
+    def _call(self, index: int) -> walk.Call:
+        """The block's call for the largest batch."""
+        return self._calls[index][max(self._calls[index])]
+
+    def _tune(
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], solutions: dict[str, solver.Solution], inputs: list[Tensor]
+    ) -> tuple[dict[str, solver.Solution], dict[str, Any]]:
+        """Solutions after block tuning, with the weights and the hidden states that belong to them; and how it went."""
+        path = f"{self.decoder.prefix}.{index}."
+        inner = {name.removeprefix(path): solution for name, solution in solutions.items()}
+        codes = {name: self.selection.layers[path + name].config.max_code for name in inner}
+        steps = self.config.tuning_steps
+        found, tuning = tune(block, inner, codes, torch.cat(inputs), torch.cat(self._original), self._call(index), steps)
+        for name, solution in found.items():
+            linears[name].weight.data = solution.weight(self.dtype)
+        self._hidden = inputs
+        walk.run(block, self._hidden, self._calls[index])
+        return {path + name: solution for name, solution in found.items()}, dataclasses.asdict(tuning) | {"kept": tuning.kept}
 
     def _packed(self, tensors: dict[str, Tensor], solutions: dict[str, solver.Solution]) -> dict[str, Tensor]:
         """Tensors as they go to disk: solved weights packed, and everything else in its dtype."""
@@ -308,19 +341,6 @@ class Quantization:
             else:
                 shard[name] = tensor.half() if owner in solutions and leaf == "bias" else tensor
         return shard
-
-    def _call_for_one(self, index: int) -> walk.Call:
-        """The block's call for a batch of one, cut from that of a larger batch."""
-        size, call = next(iter(self._calls[index].items()))
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size:
-                return value[:1]
-            if isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] % size == 0:
-                return value[: value.shape[0] // size]  # heads of every batch row stacked, as alibi is
-            return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
-
-        return walk.Call(tuple(cut(v) for v in call.args), {k: cut(v) for k, v in call.kwargs.items()})
 
     def assemble(self) -> dict[str, Any]:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
@@ -346,7 +366,8 @@ class Quantization:
             self._write_json()
             for path in sorted({p for pattern in format.CARRIED for p in self.source.folder.glob(pattern) if p.is_file()}):
                 self.output.copy(path)
-            summary = self._summary(size, sorted(set(self.source.names) - used))
+            unused = sorted(set(self.source.names) - used)
+            summary = summarize(self.output.records, self.config, self.selection, self.source.bytes(), size, unused)
             self.output.write_text("README.md", card.render(self._details(summary), None))
             self.output.publish(summary)
         return summary | self._published()
@@ -366,7 +387,7 @@ class Quantization:
         hessian = Hessian(head.in_features, self.device)
         walk.finish(model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
         weight = self._read(f"{name}.weight").to(self.device, self.dtype)
-        [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, self._timed)
+        [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, None, self._timed)
         packed = self._packed({n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}, {name: solution})
         rest |= packed
         return [report]
@@ -378,22 +399,6 @@ class Quantization:
         config.setdefault("architectures", [type(self.decoder.model).__name__])
         self.output.write_text("config.json", _json(config | {"quantization_config": quantization}))
         self.output.write_text("quantize_config.json", _json(quantization))
-
-    def _summary(self, size: int, unused: list[str]) -> dict[str, Any]:
-        layers = [layer for r in self.output.records if r["kind"] in ("block", "rest") for layer in r["layers"]]
-        weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
-        bits = sum(selection.bits_on_disk(layer) for layer in layers)
-        return {
-            "bytes": size,
-            "original_bytes": self.source.bytes(),
-            "bits_per_weight": bits / weights,
-            "quantized_layers": len(layers),
-            "fallback_layers": [layer["name"] for layer in layers if layer["fallback"]],
-            "lm_head": next((layer for layer in layers if layer["name"] == self._head), None),
-            "skipped": [{"name": name, "reason": reason} for name, reason in self.selection.left.items()],
-            "loads": [verdict.record() for verdict in plan.loadability(self.config, self.selection)],
-            "unused_source_tensors": unused,
-        }
 
     def _details(self, summary: dict[str, Any]) -> dict[str, Any]:
         return self.output.records[0] | {"summary": summary, "model_type": self.decoder.model.config.model_type}
@@ -418,14 +423,6 @@ class Quantization:
             yield
         finally:
             self.stage_seconds[stage] += time.perf_counter() - started
-
-
-def _outside(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
-    """Modules that own tensors outside the decoder blocks."""
-    inside = {id(m) for m in blocks.modules()}
-    for module in model.modules():
-        if id(module) not in inside and not any(True for _ in module.children()):
-            yield module
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from torch import Tensor
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
 
+AUTO_RANGE = (0.005, 0.9)
+"""What `auto` damping stays within."""
 DAMPING_SCHEDULE = (1.0, 10.0, 100.0)
 """Factors on damp_percent tried in turn when the Cholesky fails."""
 
@@ -43,11 +45,11 @@ class Factor:
 def column_order(diagonal: Float[Tensor, " n"], config: QuantizeConfig) -> Int[Tensor, " n"]:
     """Original column index at each processing position, by the order that the config asks for.
 
-    desc_act and activation_order: decreasing diag(H). act_group_aware: groups by their largest diagonal entry, and columns
+    desc_act, and act_group_aware with static groups: decreasing diag(H). act_group_aware otherwise: groups by their largest diagonal
     inside a group likewise, so that every group stays together. Otherwise the columns as they stand.
     """
     n = diagonal.numel()
-    if config.desc_act or config.activation_order:
+    if config.desc_act or (config.act_group_aware and config.static_groups):
         return torch.argsort(diagonal, descending=True, stable=True)
     if config.act_group_aware:
         groups = diagonal.view(config.groups_of(n), -1)  # (groups, columns of a group)
@@ -58,8 +60,18 @@ def column_order(diagonal: Float[Tensor, " n"], config: QuantizeConfig) -> Int[T
     return torch.arange(n, device=diagonal.device)
 
 
-def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str) -> Factor:
-    """Order, damp and factor the Hessian of one input group. `layer` names it in the error.
+def damping(setting: float | str, share: float, columns: int, tokens: int) -> float:
+    """The share of mean(diag H) that a `damp_percent` setting asks for; auto is `share` · columns / tokens, within AUTO_RANGE.
+
+    A mean over T tokens leaves each entry of H uncertain by about 1/√T, and a regression on n columns fits the noise of n/T of its
+    degrees of freedom; damping in proportion to n/T keeps both in place (METHOD: README of this folder).
+    """
+    low, high = AUTO_RANGE
+    return min(max(share * columns / tokens, low), high) if setting == "auto" else float(setting)
+
+
+def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str, tokens: int) -> Factor:
+    """Order, damp and factor the Hessian of one input group. `layer` names it in the error; tokens: that went into H.
 
     Raises FactorizationError when H is not finite, is zero, or stays indefinite through the damping schedule.
     """
@@ -71,15 +83,16 @@ def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str)
             "finite: check the model's weights and the calibration text, or load the model in float32 (model.dtype)"
         )
     order = column_order(diagonal, config)
+    wanted = damping(config.damp_percent, 0.5, hessian.shape[0], tokens)
     for attempt, factor in enumerate(DAMPING_SCHEDULE):
-        damp = config.damp_percent * factor
+        damp = wanted * factor
         damped = hessian.clone()
         damped.diagonal().add_(damp * mean)
         backwards = order.flip(0)
         lower, info = torch.linalg.cholesky_ex(damped[backwards][:, backwards])
         if int(info) == 0:
             return Factor(lower.flip(0, 1), order, damp, attempt, damped)
-    tried = ", ".join(f"{config.damp_percent * f:g}" for f in DAMPING_SCHEDULE)
+    tried = ", ".join(f"{wanted * f:g}" for f in DAMPING_SCHEDULE)
     raise FactorizationError(
         f"{layer}: the Hessian is not positive definite with damp_percent {tried}; calibrate on more tokens or raise damp_percent, "
         "or allow on_failure: round"

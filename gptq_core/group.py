@@ -13,8 +13,8 @@ from torch import Tensor
 from gptq_core import solver
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
-from gptq_core.factor import factorize
-from gptq_core.hessian import Hessian
+from gptq_core.factor import damping, factorize
+from gptq_core.hessian import Hessian, Shift
 
 Timed = Callable[[str], AbstractContextManager[None]]
 
@@ -28,10 +28,14 @@ class Member:
     weight: Tensor
     """(out, in)."""
     config: QuantizeConfig
+    writes_residual: bool = False
+    """Its output is added to the residual stream, whose error it can make up for."""
 
 
-def solve_group(members: list[Member], hessian: Hessian, timed: Timed) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
-    """(name, solution, report) of every member. `timed` measures the stages factor and sweep.
+def solve_group(
+    members: list[Member], hessian: Hessian, shift: Shift | None, timed: Timed
+) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
+    """(name, solution, report) of every member. `timed` measures the stages factor, shift and sweep.
 
     Members of equal config are factored once and solved as the stacked rows of one matrix. Raises FactorizationError, which names
     the linears, unless their config allows rounding instead.
@@ -42,20 +46,24 @@ def solve_group(members: list[Member], hessian: Hessian, timed: Timed) -> Iterat
         same = next((part for part in alike if part[0].config == member.config), None)
         same.append(member) if same else alike.append([member])
     for part in alike:
-        yield from _solve_alike(part, mean, hessian.tokens, timed)
+        yield from _solve_alike(part, mean, shift, hessian.tokens, timed)
 
 
 def _solve_alike(
-    members: list[Member], hessian: Tensor, tokens: int, timed: Timed
+    members: list[Member], hessian: Tensor, shift: Shift | None, tokens: int, timed: Timed
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
     config = members[0].config
     weights = torch.cat([member.weight.float() for member in members])  # (out of all members, in)
     fallback = None
     try:
         with timed("factor"):
-            factor = factorize(hessian, config, " + ".join(member.name for member in members))
+            factor = factorize(hessian, config, " + ".join(member.name for member in members), tokens)
+        target = weights
+        if shift is not None:
+            with timed("shift"):
+                target = shifted(members, hessian, shift, tokens)
         with timed("sweep"):
-            solved = solver.solve(weights, factor, config)
+            solved = solver.solve(target, factor, config)
     except FactorizationError as error:
         if config.on_failure != "round":
             raise
@@ -76,9 +84,36 @@ def _solve_alike(
             "loss": float(solution.loss.double().sum()),
             "relative_error": solver.relative_error(weights[start:stop], solution.loss, factor),
             "tokens": tokens,
-            "damp_percent": factor.damp_percent if factor else config.damp_percent,
+            "damp_percent": factor.damp_percent if factor else None,
             "failed_attempts": factor.failed_attempts if factor else None,
             "fallback": fallback,
         }
         yield member.name, solution, report
         start = stop
+
+
+def shifted(members: list[Member], hessian: Tensor, shift: Shift, tokens: int) -> Tensor:
+    """The stacked targets W* = W + α (W ΔC + β ΔR)(H + λI)⁻¹: what on the inputs as they are now gives what W gave on the original
+    ones and, for members that write to the residual stream, a share β of what that stream has lost. α is target_shift.
+
+    The minimum of ‖W x + β (r - r̃) - W* x̃‖² over the tokens, damped (QEP, arXiv 2504.09629, for β = 0). Raises FactorizationError.
+    """
+    config, change = members[0].config, shift.inputs()
+    pulled = torch.cat([change.T @ member.weight.float().T for member in members], dim=1)  # (in, out of all members)
+    start = 0
+    for member in members:
+        stop = start + member.weight.shape[0]
+        if member.writes_residual and config.residual_shift:
+            pulled[:, start:stop] += config.residual_shift * shift.residual().T
+        start = stop
+    damped = hessian.clone()
+    damp = damping(config.shift_damp_percent, 1.0, hessian.shape[0], tokens)
+    damped.diagonal().add_(damp * hessian.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        raise FactorizationError(
+            f"{members[0].name}: the Hessian is not positive definite with shift_damp_percent {damp:g}; "
+            "raise it, or calibrate on more tokens"
+        )
+    weights = torch.cat([member.weight.float() for member in members])
+    return weights + config.target_shift * torch.cholesky_solve(pulled, lower).T

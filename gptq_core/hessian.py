@@ -48,3 +48,45 @@ class Hessian:
         for start, stop in self._panels:
             result[start:stop, stop:] = result[stop:, start:stop].T
         return result
+
+
+class Shift:
+    """What the quantized layers before an input group have changed, as seen from its inputs x̃: running sums over the tokens.
+
+    ΔC = mean (x - x̃) x̃ᵀ with x the inputs in the original model, and where a member writes to the residual stream, ΔR = mean
+    (r - r̃) x̃ᵀ with r that stream before the member's output is added.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: Tensor | None = None
+        self._residual: Tensor | None = None
+        self._tokens = 0
+
+    def add(
+        self,
+        inputs: Float[Tensor, "*batch in_features"],
+        original: Float[Tensor, "*batch in_features"],
+        residual: Float[Tensor, "*batch hidden"] | None,
+    ) -> None:
+        """Add a batch: its inputs now, the same tokens in the original model, and r - r̃."""
+        x = inputs.reshape(-1, inputs.shape[-1])
+        self._tokens += x.shape[0]
+        self._inputs = _added(self._inputs, (original - inputs).reshape(x.shape), x)
+        if residual is not None:
+            self._residual = _added(self._residual, residual.reshape(x.shape[0], -1), x)
+
+    def inputs(self) -> Float[Tensor, "in_features in_features"]:
+        """ΔC, float32."""
+        return self._inputs / self._tokens
+
+    def residual(self) -> Float[Tensor, "hidden in_features"] | None:
+        """ΔR, float32; None where no residual stream was told."""
+        return None if self._residual is None else self._residual / self._tokens
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        product = torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        product = left.float().T @ right.float()
+    return product if total is None else total.add_(product)

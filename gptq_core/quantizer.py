@@ -41,7 +41,8 @@ KEYS_PASSED_OVER = {"quant_method", "checkpoint_format", "pack_dtype", "lm_head"
 
 
 class GPTQQuantizer:
-    """Quantize a model object. Arguments are Optimum's.
+    """Quantize a model object. Arguments are Optimum's, and recipe: 'classic' computes what Optimum does, 'tuned', 'best' and 'max'
+    come nearer to the original at equal bits, in the same files.
 
     Accepted and without effect, because the engine finds out by itself: block_name_to_quantize,
     module_name_preceding_first_block, batch_size, pad_token_id, cache_block_outputs. An unknown argument is a TypeError, a value
@@ -68,8 +69,9 @@ class GPTQQuantizer:
         format: str = "gptq",
         meta: dict[str, Any] | None = None,
         backend: str | None = None,
+        recipe: str = "classic",
     ) -> None:
-        fields = dict(bits=bits, group_size=group_size, damp_percent=damp_percent, desc_act=desc_act, sym=sym,
+        fields = dict(recipe=recipe, bits=bits, group_size=group_size, damp_percent=damp_percent, desc_act=desc_act, sym=sym,
                       true_sequential=true_sequential, modules_in_block_to_quantize=modules_in_block_to_quantize,
                       format=format, backend=backend)  # fmt: skip
         if not (desc_act and act_group_aware):

@@ -24,10 +24,13 @@ from torch import Tensor
 
 from gptq_core import grid
 from gptq_core.config import QuantizeConfig
+from gptq_core.descent import descend, slope_after_sweep
 from gptq_core.factor import Factor
 
 COLUMN_BLOCK = 128
 SUB_BLOCK = 16
+LATENT_REACH = 0.49
+"""Less than half a step, so that a latent rounds to its code."""
 POWER_ROWS = 256
 """Rows of a layer on which its output power is measured for the relative error; all of them would cost another sweep."""
 
@@ -43,11 +46,14 @@ class Solution:
     g_idx: Int32[Tensor, " columns"]
     loss: Float[Tensor, " out"]
     """(w - q)(H + λI)(w - q)ᵀ of each output row: mean squared output error a token, damping included."""
+    latents: Float[Tensor, "columns out"] | None = None
+    """Where on its grid each code was rounded from, at most LATENT_REACH away; only for block tuning."""
 
     def rows(self, start: int, stop: int) -> Solution:
         """The part that belongs to the output rows start..stop."""
-        parts = (t[:, start:stop].contiguous() for t in (self.codes, self.scales, self.zeros))
-        return Solution(*parts, self.g_idx.clone(), self.loss[start:stop])
+        codes, scales, zeros = (t[:, start:stop].contiguous() for t in (self.codes, self.scales, self.zeros))
+        latents = None if self.latents is None else self.latents[:, start:stop].contiguous()
+        return Solution(codes, scales, zeros, self.g_idx.clone(), self.loss[start:stop], latents)
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "out columns"]:
         """The dequantized weight (out, in)."""
@@ -66,33 +72,55 @@ def solve(weight: Float[Tensor, "out columns"], factor: Factor, config: Quantize
     groups = config.groups_of(columns)
     shape = (groups, weight.shape[0])
     fitted = grid.Grid(target.new_empty(shape), target.new_empty(shape), config.max_code)
-    # a single group is fitted on the original weights either way, so it needs no block as long as the row
+    importance = _importance(factor)
+    # a single group is fitted on the target either way, so it needs no block as long as the row
     fit_during_sweep = not config.static_groups and groups > 1
     if not fit_during_sweep:
         for g in range(groups):
             part = slice(g * size, (g + 1) * size)
-            fitted.scales[g], fitted.zeros[g] = grid.fit(target[part], factor.damped.diagonal()[part], config)
+            fitted.scales[g], fitted.zeros[g] = grid.fit(target[part], importance[part], config)
     # groups follow the processing order under desc_act; in every other order a column keeps its own group
     g_idx = torch.empty_like(original_group)
     g_idx[factor.order] = original_group if config.desc_act else original_group[factor.order]
-    fit = config if fit_during_sweep else None
-    importance = factor.damped.diagonal()[factor.order]
-    codes, loss = sweep(target[factor.order], factor.upper, g_idx[factor.order], fitted, fit, importance)
-    restored = torch.empty_like(codes)
-    restored[factor.order] = codes
-    scales = fitted.scales
-    if config.refit:
-        scales, gain = grid.refitted(target, restored, fitted, g_idx, factor.damped)
-        loss -= gain
-    return Solution(restored, scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss)
+
+    order, back = factor.order, torch.argsort(factor.order)
+    codes, errors = sweep(target[order], factor.upper, g_idx[order], fitted, config if fit_during_sweep else None, importance[order])
+    loss = errors.square().sum(0)
+    if config.refit or config.descent:
+        slope, damped = slope_after_sweep(factor.upper, errors), factor.damped
+        # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
+        if config.desc_act:
+            damped = damped[order][:, order]
+        else:
+            codes, slope, back = codes[back], slope[back], slice(None)
+        loss -= descend(codes, slope, fitted, damped, scales=config.refit, passes=config.descent)
+    codes = codes[back]
+    latents = _latents(target, codes, g_idx, fitted, factor.damped) if config.tuning_steps else None
+    return Solution(codes, fitted.scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss, latents)
+
+
+def _latents(target: Tensor, codes: Tensor, g_idx: Tensor, fitted: grid.Grid, damped: Tensor) -> Tensor:
+    """Each code moved towards the minimum of its own parabola, given all other codes, by at most LATENT_REACH."""
+    scales = fitted.scales[g_idx]
+    error = target - (codes.to(target.dtype) - fitted.zeros[g_idx]) * scales
+    reach = (damped @ error) / damped.diagonal().unsqueeze(1) / scales
+    return codes.to(target.dtype) + reach.clamp_(-LATENT_REACH, LATENT_REACH)
+
+
+def _importance(factor: Factor) -> Float[Tensor, " columns"]:
+    """Weight of each column's squared error when scales are searched: the geometric mean of diag(H), its cost when no other column
+    answers to it, and of R[i,i]², its cost when all columns after it do. Columns in their original order."""
+    conditional = torch.empty_like(factor.upper.diagonal())
+    conditional[factor.order] = factor.upper.diagonal().square()
+    return (conditional * factor.damped.diagonal()).sqrt()
 
 
 def round_to_nearest(weight: Float[Tensor, "out columns"], config: QuantizeConfig) -> Solution:
     """Every weight to its nearest code on min-max scales: what a failed factorization falls back to where that is allowed."""
     columns = weight.shape[1]
     eye = torch.eye(columns, device=weight.device)
-    identity = Factor(eye, torch.arange(columns, device=weight.device), config.damp_percent, 0, eye)
-    plain = config.model_copy(update={"desc_act": False, "scale_search": "min_max", "refit": False})
+    identity = Factor(eye, torch.arange(columns, device=weight.device), 0.0, 0, eye)
+    plain = config.model_copy(update={"desc_act": False, "scale_search": "min_max", "refit": False, "descent": 0})
     return solve(weight.float(), identity, plain)
 
 
@@ -103,8 +131,8 @@ def sweep(
     fitted: grid.Grid,
     fit: QuantizeConfig | None,
     importance: Float[Tensor, " columns"],
-) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, " out"]]:
-    """Codes (in, out) and loss (out,) of a target in processing order.
+) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"]]:
+    """Codes (in, out) of a target in processing order, and (w - q)R, whose squares sum up to the loss.
 
     `group_of` gives the group of each position. With `fit`, each group is a run of positions and its row of `fitted` is filled
     when the sweep reaches it, `importance` (diag(H) by position) weighing its columns; without, `fitted` is complete and groups
@@ -115,7 +143,7 @@ def sweep(
     run = columns // fitted.scales.shape[0] if fit else SUB_BLOCK
     codes = torch.empty(columns, out, dtype=torch.uint8, device=target.device)
     delta = torch.empty_like(target)
-    loss = target.new_zeros(out)
+    errors = torch.empty_like(target)
     block = _block_size(columns, run)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
@@ -141,8 +169,8 @@ def sweep(
                     now[i + 1 : stop].addr_(feedback[i, i + 1 : stop], now[i], alpha=-1)
             if stop < end - begin:
                 now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
-        loss += now.mul_(triangle.diagonal().unsqueeze(1)).square_().sum(0)
-    return codes, loss
+        torch.mul(now, triangle.diagonal().unsqueeze(1), out=errors[begin:end])
+    return codes, errors
 
 
 def relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float | None:

@@ -6,11 +6,15 @@ group, writes the quantized weights into the modules, and resumes the batches th
 sees quantized weights. So the pass that captures is also the pass that computes the outputs, and no layer is run twice.
 
 Input groups are discovered by a probe: linears that receive the very same tensor object form one group (q, k and v; gate and
-up), in call order. No table of architectures is needed.
+up, in call order. No table of architectures is needed.
+
+Where targets are shifted, each coroutine has a shadow: the same batch on its way through the original block, resumed whenever the
+inputs of a group are compared, so that a group's two inputs are never kept for more than one batch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,9 +23,10 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gptq_core.errors import UnsupportedModelError
-from gptq_core.hessian import Hessian
+from gptq_core.hessian import Hessian, Shift
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,24 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    size: int
+    """Windows in the batch."""
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         result = block(hidden, *self.args, **self.kwargs)
         return result[0] if isinstance(result, tuple) else result
+
+    def cut(self, count: int) -> Call:
+        """The call for the first `count` windows of the batch."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.size:
+                return value[:count]
+            if isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] % self.size == 0:
+                return value[: value.shape[0] // self.size * count]  # heads of every batch row stacked, as alibi is
+            return tuple(cut(v) for v in value) if isinstance(value, tuple) else value
+
+        return Call(tuple(cut(v) for v in self.args), {k: cut(v) for k, v in self.kwargs.items()}, count)
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,7 @@ class InputGroup:
     in_features: int
 
 
-Solve = Callable[[InputGroup, Hessian], None]
+Solve = Callable[[InputGroup, Hessian, Shift | None], None]
 Report = Callable[[int, Tensor, Call], Tensor]
 """Index of a block, the hidden states that enter it and the rest of its call, to the hidden states that leave it."""
 
@@ -65,7 +84,7 @@ class StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        hidden = self.report(self.index, hidden, Call(args[1:], kwargs))
+        hidden = self.report(self.index, hidden, Call(args[1:], kwargs, hidden.shape[0]))
         return (hidden,) if self.as_tuple else hidden
 
 
@@ -110,6 +129,24 @@ def _standing_in(blocks: nn.ModuleList, report: Report, as_tuple: bool) -> Itera
 
 class _Reached(Exception):
     """The forward came to the module it was meant for; what follows would be wasted."""
+
+
+@torch.no_grad()
+def returns_tuple(model: nn.Module, block: nn.Module, batch: Tensor) -> bool:
+    """Whether the model's first block returns a tuple, seen by running it for real."""
+    seen: list[bool] = []
+
+    def stop(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        seen.append(isinstance(output, tuple))
+        raise _Reached
+
+    handle = block.register_forward_hook(stop)
+    try:
+        with suppress(_Reached):
+            model(input_ids=batch, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 @torch.no_grad()
@@ -195,14 +232,16 @@ def walk(
     calls: dict[int, Call],
     solve: Solve,
     true_sequential: bool,
+    original: Original | None = None,
 ) -> None:
-    """Quantize a block and replace `hidden_states` by its outputs.
+    """Quantize a block and replace `hidden_states` by its outputs; with `original`, its hidden states likewise.
 
     `solve` receives each group and its Hessian and must write the quantized weights into the modules. With `true_sequential`
     it is called group by group inside one forward of every batch; without, all Hessians come from one pass with the original
     weights, and a second pass computes the outputs.
     """
     hessians: dict[int, Hessian] = {}
+    shifts: dict[int, Shift] = {}
     solved: set[int] = set()
     counted: set[tuple[int, int]] = set()  # (group, batch): a group's first called member counts the batch
 
@@ -215,26 +254,36 @@ def walk(
             if number not in hessians:
                 hessians[number] = Hessian(group.in_features, args[0].device)
             hessians[number].add(args[0])
+            if original is not None:
+                lost = coroutine.lost() if original.writers.intersection(group.names) else None
+                shifts.setdefault(number, Shift()).add(args[0], coroutine.shadow.inputs_of(number), lost)
             if true_sequential:
                 coroutine.parent.switch(number)
 
         return hook
 
     handles = [linears[name].register_forward_pre_hook(stage(number, group)) for number, group in enumerate(groups) for name in group.names]
+    if original is not None:
+        handles += original.hooks(groups, linears)
     try:
         waiting: dict[int, list[Coroutine]] = {}
         ready = [Coroutine(block, batch, hidden_states, calls) for batch in range(len(hidden_states))]
+        for coroutine in ready if original is not None else ():
+            coroutine.shadow = Shadow(original.block, coroutine.batch, original.hidden_states, calls)
         while True:
             for coroutine in ready:
                 at = coroutine.switch()
                 if not coroutine.dead:
                     waiting.setdefault(at, []).append(coroutine)
-                elif true_sequential:
+                    continue
+                if original is not None:
+                    original.hidden_states[coroutine.batch] = coroutine.shadow.outputs()
+                if true_sequential:
                     hidden_states[coroutine.batch] = at
             if not waiting:
                 break
             earliest = min(waiting)
-            solve(groups[earliest], hessians.pop(earliest))
+            solve(groups[earliest], hessians.pop(earliest), shifts.pop(earliest, None))
             solved.add(earliest)
             ready = waiting.pop(earliest)
     finally:
@@ -242,8 +291,62 @@ def walk(
             handle.remove()
     if not true_sequential:
         for number in sorted(hessians):
-            solve(groups[number], hessians.pop(number))
+            solve(groups[number], hessians.pop(number), shifts.pop(number, None))
         run(block, hidden_states, calls)
+
+
+@dataclass
+class Original:
+    """The original block, and the hidden states of the original model that enter it."""
+
+    block: nn.Module
+    linears: dict[str, nn.Linear]
+    hidden_states: list[Tensor]
+    writers: frozenset[str]
+    """Linears whose outputs are added to the residual stream, where errors in that stream are made up for."""
+
+    def hooks(self, groups: list[InputGroup], linears: dict[str, nn.Linear]) -> list[RemovableHandle]:
+        """On the original linears, to hand their inputs over; on the writers of both blocks (`linears`: the other's), to sum up."""
+
+        def hand_over(number: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                shadow = getcurrent()
+                if number not in shadow.passed:
+                    shadow.passed.add(number)
+                    shadow.parent.switch((number, args[0]))
+
+            return hook
+
+        def sum_up(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            getcurrent().written += output
+
+        handles = [self.linears[n].register_forward_pre_hook(hand_over(i)) for i, group in enumerate(groups) for n in group.names]
+        return handles + [which[name].register_forward_hook(sum_up) for which in (linears, self.linears) for name in self.writers]
+
+
+@torch.no_grad()
+def residual_writers(block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call) -> frozenset[str]:
+    """Linears whose outputs, added to the block's input, are its output: seen in one probe forward, empty where there are none.
+
+    A block that normalizes or scales before it adds has none.
+    """
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _a, output, name=name: outputs.__setitem__(name, output))
+        for name, module in linears.items()
+        if module.out_features == hidden.shape[-1]
+    ]
+    try:
+        change = call(block, hidden) - hidden
+    finally:
+        for handle in handles:
+            handle.remove()
+    tolerance = 16 * torch.finfo(hidden.dtype).eps * (change.abs().max() + hidden.abs().max())
+    for count in range(1, len(outputs) + 1):
+        for names in itertools.combinations(outputs, count):
+            if bool(((change - sum(outputs[name] for name in names)).abs() <= tolerance).all()):
+                return frozenset(names)
+    return frozenset()
 
 
 class Coroutine(greenlet):
@@ -252,8 +355,42 @@ class Coroutine(greenlet):
     def __init__(self, block: nn.Module, batch: int, hidden_states: list[Tensor], calls: dict[int, Call]) -> None:
         super().__init__(self._forward)
         self.batch = batch
+        self.shadow: Shadow | None = None
+        self.written: Tensor | float = 0.0
         self._block, self._hidden_states, self._calls = block, hidden_states, calls
 
     def _forward(self) -> Tensor:
         hidden = self._hidden_states[self.batch]
         return self._calls[hidden.shape[0]](self._block, hidden)
+
+    def lost(self) -> Tensor:
+        """r - r̃: the residual stream of the original model less that of the quantized one, as both stand now."""
+        shadow = self.shadow
+        entered = shadow._hidden_states[self.batch] - self._hidden_states[self.batch]
+        return entered + (shadow.written - self.written)
+
+
+class Shadow(Coroutine):
+    """The same batch on its way through the original block; always resumed by the coroutine that it accompanies."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.passed: set[int] = set()
+
+    def inputs_of(self, number: int) -> Tensor:
+        """The original inputs of a group; groups are asked for in call order."""
+        self.parent = getcurrent()
+        reached, inputs = self.switch()
+        if reached != number:
+            raise UnsupportedModelError(
+                "a block that calls its linears in another order from batch to batch cannot have its targets shifted"
+            )
+        return inputs
+
+    def outputs(self) -> Tensor:
+        """The original block's outputs."""
+        self.parent = getcurrent()
+        found = self.switch()
+        while not self.dead:  # at a group that the other did not ask for
+            found = self.switch()
+        return found

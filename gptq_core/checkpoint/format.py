@@ -50,7 +50,6 @@ def quantization_config(
         "sym": config.sym,
         "lm_head": config.lm_head,
         "true_sequential": config.true_sequential,
-        "damp_percent": config.damp_percent,
         "act_group_aware": config.act_group_aware,
         "static_groups": config.static_groups,
         "format": config.format,
@@ -58,6 +57,8 @@ def quantization_config(
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"gptq-pipeline:{code_version()}"], "recipe": config.recipe},
     }
+    if config.damp_percent != "auto":  # readers want a number; what auto came to stands in the manifest, layer by layer
+        found["damp_percent"] = config.damp_percent
     if modules is not None:
         found["modules_in_block_to_quantize"] = [[name] for name in modules]
     if rules:
