@@ -11,7 +11,17 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Bits = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "gptq_v2"]
@@ -44,6 +54,21 @@ def _known_backend(backend: str | None) -> str | None:
 
 
 Backend = Annotated[str | None, AfterValidator(_known_backend)]
+
+
+def _damping(value: Any) -> float | str:
+    if value == "auto":
+        return value
+    try:
+        share = float(value) if not isinstance(value, bool) else 0.0
+    except (TypeError, ValueError):
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError("must be a number above 0 and below 1, or 'auto'")
+    return share
+
+
+Damping = Annotated[float | str, PlainValidator(_damping)]
 
 
 class Schema(BaseModel):
@@ -84,7 +109,7 @@ class QuantizeConfig(Schema):
     """Calibration text: a file (.txt, .jsonl, .parquet), a named hub dataset (wikitext2, c4), texts, or rows of token ids."""
     group_size: Annotated[int, Field(strict=True)] = 128
     """Input columns that share a scale; -1: the whole row. Must divide the input size of every quantized linear."""
-    damp_percent: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 0.1
+    damp_percent: Damping = 0.1
     """Share of mean(diag H) added to the diagonal of H. auto: half the input columns of the layer over the tokens that it saw."""
     desc_act: bool = False
     """Process columns by decreasing diag(H) and let groups follow that order (a non-trivial g_idx on disk)."""
@@ -121,7 +146,7 @@ class QuantizeConfig(Schema):
     original model runs beside the quantized one."""
     residual_shift: Annotated[float, Field(ge=0, le=1)] = 0.0
     """With target_shift: share of the error that stands in the residual stream that the layers which write to it make up for."""
-    shift_damp_percent: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
+    shift_damp_percent: Damping = "auto"
     """Share of mean(diag H) added to the diagonal of H when targets are shifted. auto: the input columns over the tokens."""
     tuning_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of gradient descent on the codes and scales of a block, against the outputs of the original block."""
@@ -148,7 +173,7 @@ class QuantizeConfig(Schema):
             return data
         recipe = data.get("recipe", cls.model_fields["recipe"].default)
         data = _beside(RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}, data) | data
-        if data.get("desc_act") is True:
+        if _true(data.get("desc_act")):
             data.setdefault("act_group_aware", False)
         return data
 
@@ -182,14 +207,18 @@ class QuantizeConfig(Schema):
             if unknown:
                 raise ValueError(f"dynamic: {rule!r} cannot set {unknown[0]!r}; it can set {', '.join(RULE_KEYS)}")
             try:
-                self._changed(changes)
+                changed = self._changed(changes)
             except ValidationError as error:
                 raise ValueError(f"dynamic: {rule!r}: {explain(error)}") from error
+            changes.update({key: getattr(changed, key) for key in changes})  # 8, not 8.0; false, not "false": it goes to disk
         return self
 
     def _changed(self, changes: dict[str, Any]) -> QuantizeConfig:
-        chosen = self.model_dump(include=self.model_fields_set - {"dynamic"})
-        return QuantizeConfig.model_validate(_beside(chosen, changes) | changes)
+        """With a rule's changes, by values alone: equal configs give equal ones. What gave way to desc_act comes back without it."""
+        own = self.model_dump(exclude={"dynamic"})
+        if "desc_act" in changes:
+            own = _beside(own, own)
+        return QuantizeConfig.model_validate(_beside(own, changes) | changes)
 
     def rule_for(self, name: str) -> str | None:
         """The rule of `dynamic` that decides about the linear of this full name."""
@@ -225,12 +254,20 @@ class QuantizeConfig(Schema):
 def _beside(defaults: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """The defaults that can stand beside what was chosen."""
     excluded = {
-        "static_groups": chosen.get("desc_act") is True,
-        "act_group_aware": chosen.get("desc_act") is True,
+        "static_groups": _true(chosen.get("desc_act")),
+        "act_group_aware": _true(chosen.get("desc_act")),
         "residual_shift": chosen.get("target_shift", 1) == 0,
         "tuning_steps": chosen.get("target_shift", 1) == 0,
     }
     return {key: value for key, value in defaults.items() if not excluded.get(key)}
+
+
+def _true(value: Any) -> bool:
+    """Whether a field would take this value, not validated yet, for true; "true" and 1 are."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 def expression(rule: str) -> str:

@@ -66,14 +66,14 @@ class Shift:
         self,
         inputs: Float[Tensor, "*batch in_features"],
         original: Float[Tensor, "*batch in_features"],
-        residual: Float[Tensor, "*batch hidden"] | None,
+        residual: Float[Tensor, "tokens hidden"] | None,
     ) -> None:
         """Add a batch: its inputs now, the same tokens in the original model, and r - r̃."""
         x = inputs.reshape(-1, inputs.shape[-1])
         self._tokens += x.shape[0]
         self._inputs = _added(self._inputs, (original - inputs).reshape(x.shape), x)
         if residual is not None:
-            self._residual = _added(self._residual, residual.reshape(x.shape[0], -1), x)
+            self._residual = _added(self._residual, residual, x)
 
     def inputs(self) -> Float[Tensor, "in_features in_features"]:
         """ΔC, float32."""

@@ -318,7 +318,7 @@ class Original:
             return hook
 
         def sum_up(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            getcurrent().written += output
+            getcurrent().written += output.flatten(0, -2)
 
         handles = [self.linears[n].register_forward_pre_hook(hand_over(i)) for i, group in enumerate(groups) for n in group.names]
         return handles + [which[name].register_forward_hook(sum_up) for which in (linears, self.linears) for name in self.writers]
@@ -332,7 +332,7 @@ def residual_writers(block: nn.Module, linears: dict[str, nn.Linear], hidden: Te
     """
     outputs: dict[str, Tensor] = {}
     handles = [
-        module.register_forward_hook(lambda _m, _a, output, name=name: outputs.__setitem__(name, output))
+        module.register_forward_hook(lambda _m, _a, output, name=name: outputs.__setitem__(name, output.reshape(hidden.shape)))
         for name, module in linears.items()
         if module.out_features == hidden.shape[-1]
     ]
@@ -364,10 +364,10 @@ class Coroutine(greenlet):
         return self._calls[hidden.shape[0]](self._block, hidden)
 
     def lost(self) -> Tensor:
-        """r - r̃: the residual stream of the original model less that of the quantized one, as both stand now."""
+        """r - r̃, (tokens, hidden): the residual stream of the original model less that of the quantized one, as both stand now."""
         shadow = self.shadow
         entered = shadow._hidden_states[self.batch] - self._hidden_states[self.batch]
-        return entered + (shadow.written - self.written)
+        return entered.flatten(0, -2) + (shadow.written - self.written)
 
 
 class Shadow(Coroutine):

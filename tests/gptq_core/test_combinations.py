@@ -18,11 +18,11 @@ from gptq_core.solver import round_to_nearest, solve
 
 COLUMNS, OUT = 256, 32
 ORDERS = {
-    "plain": {"act_group_aware": False},
-    "act_group_aware": {"act_group_aware": True},
-    "desc_act": {"desc_act": True},
-    "static": {"static_groups": True, "activation_order": False},
-    "static_ordered": {"static_groups": True},
+    "plain": {"recipe": "classic", "act_group_aware": False},
+    "act_group_aware": {"recipe": "classic", "act_group_aware": True},
+    "desc_act": {"recipe": "classic", "desc_act": True},
+    "static": {"recipe": "classic", "static_groups": True, "act_group_aware": False},
+    "static_ordered": {"recipe": "classic", "static_groups": True},
     "tuned": {"recipe": "tuned"},
 }
 WEIGHT, HESSIAN = problem(COLUMNS, OUT)
@@ -52,7 +52,7 @@ def test_a_packed_layer_runs_as_it_was_solved(bits, sym, order):
     x, bias = torch.randn(3, COLUMNS, generator=generator), torch.randn(OUT, generator=generator).half()
     for group_size, format in itertools.product((-1, 16, 32, 64, 128), ("gptq", "gptq_v2")):
         config = QuantizeConfig(bits=bits, sym=sym, group_size=group_size, format=format, damp_percent=0.05, **ORDERS[order])
-        factor = factorize(HESSIAN, config, "layer")
+        factor = factorize(HESSIAN, config, "layer", 600)
         solved = solve(WEIGHT, factor, config)
         size = COLUMNS if group_size == -1 else group_size
 

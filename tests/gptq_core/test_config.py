@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from gptq_core.config import QuantizeConfig, explain
+from gptq_core.config import RECIPES, QuantizeConfig, explain
 
 
 def test_defaults_are_the_reference_schema():
@@ -21,15 +21,17 @@ def test_defaults_are_the_reference_schema():
         ({"bits": 4, "group_size": 0}, "group_size = 0"),
         ({"bits": 4, "group_size": -2}, "group_size = -2"),
         ({"bits": 4, "group_size": True}, "group_size = True"),
-        ({"bits": 4, "damp_percent": 0}, "damp_percent = 0"),
-        ({"bits": 4, "damp_percent": 1}, "damp_percent = 1"),
+        ({"bits": 4, "damp_percent": 0}, "damp_percent = 0: "),
+        ({"bits": 4, "damp_percent": 1}, "damp_percent = 1: "),
+        ({"bits": 4, "damp_percent": "automatic"}, "damp_percent = 'automatic': "),
         ({"bits": 4, "format": "awq"}, "format = 'awq'"),
         ({"bits": 4, "backend": "marlyn"}, "backend = 'marlyn': did you mean 'gptq_marlin'?"),
         ({"bits": 4, "backend": "vllm"}, "backend = 'vllm': known are torch (this library) and GPTQModel's gptq_torch, "),
         ({"bits": 4, "desc_act": True, "act_group_aware": True}, "act_group_aware: true works only with desc_act: false"),
         ({"bits": 4, "static_groups": True, "desc_act": True}, "static_groups: true excludes desc_act"),
-        ({"bits": 4, "static_groups": True, "act_group_aware": True}, "static_groups: true excludes act_group_aware"),
-        ({"bits": 4, "activation_order": True}, "works only with static_groups"),
+        ({"bits": 4, "residual_shift": 0.5}, "residual_shift works only with target_shift above 0"),
+        ({"bits": 4, "tuning_steps": 5}, "tuning_steps works only with target_shift above 0"),
+        ({"bits": 4, "recipe": "bset"}, "recipe = 'bset'"),
         ({"bits": 4, "goup_size": 64}, "did you mean 'group_size'"),
     ],
 )
@@ -44,23 +46,26 @@ def test_refused_in_one_line(fields, says):
 @pytest.mark.parametrize("fields", [{"desc_act": True}, {"static_groups": True}, {"group_size": -1}, {"desc_act": True, "group_size": -1}])
 def test_the_default_gives_way_and_the_result_survives_a_round_trip(fields):
     config = QuantizeConfig(bits=4, **fields)
-    assert config.act_group_aware == ("group_size" in fields and len(fields) == 1)
+    assert config.act_group_aware == ("desc_act" not in fields)
+    assert config.static_groups == ("desc_act" not in fields)
     assert QuantizeConfig(**config.model_dump()) == config
 
 
-def test_static_groups_bring_activation_order_unless_told():
-    assert QuantizeConfig(bits=4, static_groups=True).activation_order
-    assert not QuantizeConfig(bits=4, static_groups=True, activation_order=False).activation_order
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_its_fields_and_each_can_be_overridden(recipe):
+    config = QuantizeConfig(bits=4, recipe=recipe)
+    plain = QuantizeConfig(bits=4, recipe="classic")
+    assert config.model_dump() == plain.model_dump() | RECIPES[recipe] | {"recipe": recipe}
+    assert QuantizeConfig(**config.model_dump()) == config
+    for key in RECIPES[recipe]:
+        off = QuantizeConfig(bits=4, recipe=recipe, **{key: getattr(plain, key)})
+        assert getattr(off, key) == getattr(plain, key) != getattr(config, key)
 
 
-def test_a_recipe_is_its_fields_and_each_can_be_overridden():
-    tuned = QuantizeConfig(bits=4, recipe="tuned")
-    assert (tuned.static_groups, tuned.activation_order, tuned.scale_search, tuned.refit) == (True, True, "weighted", True)
-    assert not tuned.act_group_aware
-    assert not QuantizeConfig(bits=4, recipe="tuned", refit=False).refit
-    assert QuantizeConfig(**tuned.model_dump()) == tuned
-    classic = QuantizeConfig(bits=4)
-    assert (classic.static_groups, classic.scale_search, classic.refit) == (False, "min_max", False)
+def test_each_recipe_adds_to_the_one_before():
+    assert QuantizeConfig(bits=4).recipe == "tuned"
+    assert RECIPES["classic"] == {}
+    assert RECIPES["tuned"].keys() < RECIPES["best"].keys() < RECIPES["max"].keys()
 
 
 def test_frozen():

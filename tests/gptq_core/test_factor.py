@@ -10,7 +10,7 @@ def test_factor_is_upper_and_multiplies_back():
     x = torch.randn(200, 64, dtype=torch.float64)
     hessian = x.T @ x / 200
     config = QuantizeConfig(bits=4, desc_act=True, damp_percent=0.03)
-    factor = factorize(hessian, config, "layer")
+    factor = factorize(hessian, config, "layer", 600)
     assert torch.equal(factor.upper, factor.upper.triu())
     damped = hessian + 0.03 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     torch.testing.assert_close(factor.upper @ factor.upper.T, damped[factor.order][:, factor.order])
@@ -19,10 +19,23 @@ def test_factor_is_upper_and_multiplies_back():
 
 def test_orders():
     diagonal = torch.tensor([1.0, 5.0, 2.0, 4.0, 9.0, 0.0, 3.0, 3.0])
-    assert column_order(diagonal, QuantizeConfig(bits=4, group_size=4, desc_act=True)).tolist() == [4, 1, 3, 6, 7, 2, 0, 5]
-    assert column_order(diagonal, QuantizeConfig(bits=4, group_size=4)).tolist() == [4, 6, 7, 5, 1, 3, 2, 0]
-    assert column_order(diagonal, QuantizeConfig(bits=4, group_size=4, act_group_aware=False)).tolist() == list(range(8))
-    assert column_order(diagonal, QuantizeConfig(bits=4, group_size=-1)).tolist() == [4, 1, 3, 6, 7, 2, 0, 5]
+    decreasing, by_groups = [4, 1, 3, 6, 7, 2, 0, 5], [4, 6, 7, 5, 1, 3, 2, 0]
+    for fields, expected in (
+        ({"desc_act": True}, decreasing),
+        ({"static_groups": False}, by_groups),
+        ({"static_groups": True}, decreasing),
+        ({"static_groups": False, "act_group_aware": False}, list(range(8))),
+        ({"static_groups": True, "act_group_aware": False}, list(range(8))),
+        ({"static_groups": False, "group_size": -1}, decreasing),
+    ):
+        assert column_order(diagonal, QuantizeConfig(**{"bits": 4, "group_size": 4, **fields})).tolist() == expected
+
+
+def test_auto_damping_is_half_the_columns_over_the_tokens():
+    x = torch.randn(64, 16)
+    for tokens, expected in ((64, 0.125), (8, 0.9), (100_000, 0.005)):
+        factor = factorize(x.T @ x / 64, QuantizeConfig(bits=4, group_size=16, damp_percent="auto"), "layer", tokens)
+        assert factor.damp_percent == pytest.approx(expected)
 
 
 def test_failed_cholesky_raises_damping_and_says_so():
@@ -31,7 +44,7 @@ def test_failed_cholesky_raises_damping_and_says_so():
     values[0] = -0.05
     rotation = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
     hessian = rotation @ torch.diag(values) @ rotation.T
-    factor = factorize(hessian, QuantizeConfig(bits=4, group_size=-1, damp_percent=0.01), "layer")
+    factor = factorize(hessian, QuantizeConfig(bits=4, group_size=-1, damp_percent=0.01), "layer", 600)
     assert factor.damp_percent == pytest.approx(0.1)
     assert factor.failed_attempts == 1
 
@@ -39,10 +52,10 @@ def test_failed_cholesky_raises_damping_and_says_so():
 @pytest.mark.parametrize("hessian", [torch.zeros(8, 8), torch.full((8, 8), float("nan")), -torch.eye(8)], ids=["zero", "nan", "negative"])
 def test_hopeless_hessian_is_an_error_that_names_the_layer(hessian):
     with pytest.raises(FactorizationError, match="model.layers.3.mlp.down_proj"):
-        factorize(hessian, QuantizeConfig(bits=4, group_size=-1), "model.layers.3.mlp.down_proj")
+        factorize(hessian, QuantizeConfig(bits=4, group_size=-1), "model.layers.3.mlp.down_proj", 600)
 
 
 def test_indefinite_through_the_whole_schedule():
     hessian = torch.diag(torch.tensor([100.0] + [1.0] * 6 + [-90.0]))
     with pytest.raises(FactorizationError, match=r"damp_percent 0\.01, 0\.1, 1"):
-        factorize(hessian, QuantizeConfig(bits=4, group_size=-1, damp_percent=0.01), "layer")
+        factorize(hessian, QuantizeConfig(bits=4, group_size=-1, damp_percent=0.01), "layer", 600)

@@ -25,8 +25,9 @@ from gptq_core.errors import FactorizationError, InputError
 
 Q, ATTENDED, UP, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"))
 COLUMNS = 64
-PLAIN = {"bits": 4, "group_size": 16, "act_group_aware": False}
-STATIC = {**PLAIN, "static_groups": True, "activation_order": False}
+PLAIN = {"recipe": "classic", "bits": 4, "group_size": 16, "act_group_aware": False}
+STATIC = {**PLAIN, "static_groups": True}
+SHIFTED = {**PLAIN, "bits": 3, "target_shift": 1.0, "shift_damp_percent": 0.05}
 
 
 @dataclass
@@ -65,6 +66,11 @@ class Written:
 
 def write(config: QuantizeConfig, model: Path, out: Path) -> Written:
     return Written(model, out, quantize(model, out, config))
+
+
+def write_from_many_windows(config: QuantizeConfig, model: Path, out: Path) -> Written:
+    """Few windows would be learned by heart, and the tuning not kept."""
+    return Written(model, out, quantize(model, out, config, windows(400)))
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def weight_of(name: str, model: Path) -> torch.Tensor:
 
 def order_of(diagonal: list[float], fields: dict[str, Any]) -> torch.Tensor:
     columns = range(len(diagonal))
-    if fields.get("desc_act") or fields.get("activation_order"):
+    if fields.get("desc_act") or (fields["act_group_aware"] and fields.get("static_groups")):
         return torch.tensor(sorted(columns, key=lambda i: -diagonal[i]))
     if not fields["act_group_aware"]:
         return torch.tensor(list(columns))
@@ -161,15 +167,60 @@ def least_weighted_error(w: Written) -> float:
     return float(torch.stack([weighted_error(scales, w) for scales in tried]).amin(0).sum())
 
 
-def least_squares_scales(w: Written) -> torch.Tensor:
-    """Scales with the least (w - q)(H + λI)(w - q)ᵀ for the codes on disk."""
-    root = torch.linalg.cholesky(damped(hessian_of(inputs_of(Q, w.model)))).T
+def refitted_scales(w: Written) -> torch.Tensor:
+    """From the extremes, each group's scale in turn to the least (w - q)(H + λI)(w - q)ᵀ for the codes on disk."""
+    h = damped(hessian_of(inputs_of(Q, w.model)))
     weight, centred = weight_of(Q, w.model), w.codes().double() - 8
-    solved = []
+    scales = extreme_scales(w).double()
     for row in range(weight.shape[0]):
         spread = torch.block_diag(*centred[:, row].view(-1, 16, 1))  # (columns, groups)
-        solved.append(torch.linalg.lstsq(root @ spread, root @ weight[row].unsqueeze(1)).solution.squeeze(1))
-    return torch.stack(solved, 1)
+        for g in range(scales.shape[0]):
+            one = spread[:, g]
+            rest = weight[row] - spread @ scales[:, row] + one * scales[g, row]
+            scales[g, row] = ((one @ h @ rest) / (one @ h @ one)).half().double()
+    return scales
+
+
+def can_be_bettered(w: Written) -> float:
+    """Share of the codes of q_proj that one step up or down would bring nearer, all others as they are."""
+    h = damped(hessian_of(inputs_of(Q, w.model)))
+    error = weight_of(Q, w.model).T - (w.codes().double() - 8) * w.scales().double().repeat_interleave(16, 0)
+    pull, step = h @ error, w.scales().double().repeat_interleave(16, 0)
+    better = torch.zeros_like(error, dtype=torch.bool)
+    for direction in (1, -1):
+        inside = (w.codes().int() + direction).clamp(0, 15) == w.codes().int() + direction
+        better |= inside & (-2 * direction * step * pull + step**2 * h.diagonal()[:, None] < -1e-6 * step**2 * h.diagonal()[:, None])
+    return float(better.double().mean())
+
+
+def stream_before_down(model: Path, quantized: Path | None) -> torch.Tensor:
+    """The residual stream of the first block after attention."""
+    return inputs_of("model.layers.0.post_attention_layernorm", model, quantized)
+
+
+def shifted_codes_of_down(fields: dict[str, Any], w: Written) -> torch.Tensor:
+    """The textbook on the target that least squares gives, from the inputs of the original and of the checkpoint."""
+    x, now = inputs_of(DOWN, w.model), inputs_of(DOWN, w.model, w.out)
+    weight, hessian = weight_of(DOWN, w.model), hessian_of(now)
+    lost = (x - now) @ weight.T
+    lost += fields.get("residual_shift", 0) * (stream_before_down(w.model, None) - stream_before_down(w.model, w.out))
+    ridge = (len(now) * fields["shift_damp_percent"] * hessian.diagonal().mean()).sqrt() * torch.eye(now.shape[1])
+    change = torch.linalg.lstsq(torch.cat([now, ridge]), torch.cat([lost, torch.zeros(now.shape[1], lost.shape[1])])).solution.T
+    target = weight + fields["target_shift"] * change
+    order = order_of(hessian.diagonal().tolist(), fields)
+    return textbook_gptq(target, hessian, bits=3, group_size=16, sym=True, damp_percent=0.1, order=order, groups_follow_order=False)[
+        "codes"
+    ]
+
+
+def tuning_of(w: Written) -> dict[str, Any]:
+    records = [json.loads(line) for line in (w.out / "manifest.jsonl").read_text().splitlines()]
+    tunings = [record["tuning"] for record in records if "tuning" in record]
+    untuned = write_from_many_windows(QuantizeConfig(**SHIFTED | {"bits": 2}), w.model, w.out.with_name(f"{w.out.name}-untuned"))
+    return {
+        "steps": [tuning["steps"] for tuning in tunings],
+        "as solved": all(torch.equal(w.scales(name), untuned.scales(name)) for name in w.packed()),
+    }
 
 
 def loss_of_down(true_sequential: bool, w: Written) -> float:
@@ -179,8 +230,8 @@ def loss_of_down(true_sequential: bool, w: Written) -> float:
 
 
 def without_recipe(fields: dict[str, Any], w: Written) -> Written:
-    spelled = {"static_groups": True, "activation_order": True, "scale_search": "weighted", "refit": True, "act_group_aware": False}
-    config = QuantizeConfig(bits=4, group_size=16, **(spelled if fields["recipe"] == "tuned" else {"act_group_aware": True}))
+    spelled = {"static_groups": True, "scale_search": "weighted", "refit": True, "descent": 1}
+    config = QuantizeConfig(bits=4, group_size=16, recipe="classic", **(spelled if fields["recipe"] == "tuned" else {}))
     return write(config, w.model, w.out.with_name(f"{w.out.name}-spelled"))
 
 
@@ -295,12 +346,6 @@ ENTRIES = {
         lambda w: {"json": w.json["static_groups"], "scales": w.scales(), "codes": w.codes()},
         lambda fields, w: {"json": fields["static_groups"]} | {key: textbook(fields, w)[key] for key in ("scales", "codes")},
     ),
-    "activation_order": Entry(
-        STATIC,
-        STATIC | {"activation_order": True},
-        lambda w: {"codes": w.codes()},
-        lambda fields, w: {"codes": textbook(fields, w)["codes"]},
-    ),
     "sym": Entry(
         PLAIN | {"sym": True},
         PLAIN | {"sym": False},
@@ -308,8 +353,8 @@ ENTRIES = {
         lambda fields, w: {"json": fields["sym"]} | {key: textbook(fields, w)[key] for key in ("zeros", "codes")},
     ),
     "true_sequential": Entry(
-        {"bits": 2, "group_size": 32, "true_sequential": True},
-        {"bits": 2, "group_size": 32, "true_sequential": False},
+        {"recipe": "classic", "bits": 2, "group_size": 32, "true_sequential": True},
+        {"recipe": "classic", "bits": 2, "group_size": 32, "true_sequential": False},
         lambda w: {"json": w.json["true_sequential"], "loss": w.layer(DOWN)["loss"]},
         lambda fields, w: {"json": fields["true_sequential"], "loss": loss_of_down(fields["true_sequential"], w)},
     ),
@@ -377,7 +422,7 @@ ENTRIES = {
         STATIC | {"refit": False},
         STATIC | {"refit": True},
         lambda w: {"scales": w.scales()},
-        lambda fields, w: {"scales": least_squares_scales(w) if fields["refit"] else extreme_scales(w)},
+        lambda fields, w: {"scales": refitted_scales(w) if fields["refit"] else extreme_scales(w)},
     ),
     "recipe": Entry(
         {"bits": 4, "group_size": 16, "recipe": "classic"},
@@ -389,7 +434,38 @@ ENTRIES = {
             "codes": (spelled := without_recipe(fields, w)).codes(),
             "scales": spelled.scales(),
         },
-        brings=("static_groups", "activation_order", "act_group_aware", "scale_search", "refit"),
+        brings=("static_groups", "scale_search", "refit", "descent"),
+    ),
+    "descent": Entry(
+        STATIC | {"descent": 0},
+        STATIC | {"descent": 20},
+        lambda w: {"at its best": can_be_bettered(w) < 0.002, "far from it": can_be_bettered(w) > 0.02},
+        lambda fields, _: {"at its best": fields["descent"] > 0, "far from it": fields["descent"] == 0},
+    ),
+    "target_shift": Entry(
+        SHIFTED | {"target_shift": 0.3},
+        SHIFTED,
+        lambda w: {"codes": w.codes(DOWN)},
+        lambda fields, w: {"codes": shifted_codes_of_down(fields, w)},
+    ),
+    "residual_shift": Entry(
+        SHIFTED | {"residual_shift": 0.0},
+        SHIFTED | {"residual_shift": 0.8},
+        lambda w: {"codes": w.codes(DOWN)},
+        lambda fields, w: {"codes": shifted_codes_of_down(fields, w)},
+    ),
+    "shift_damp_percent": Entry(
+        SHIFTED,
+        SHIFTED | {"shift_damp_percent": 0.9},
+        lambda w: {"codes": w.codes(DOWN)},
+        lambda fields, w: {"codes": shifted_codes_of_down(fields, w)},
+    ),
+    "tuning_steps": Entry(
+        SHIFTED | {"bits": 2, "tuning_steps": 0},
+        SHIFTED | {"bits": 2, "tuning_steps": 20},
+        tuning_of,
+        lambda fields, _: {"steps": [20, 20] if fields["tuning_steps"] else [], "as solved": not fields["tuning_steps"]},
+        run=write_from_many_windows,
     ),
     "strict": Entry(
         {"bits": 4, "group_size": 128, "strict": True},

@@ -1,4 +1,4 @@
-"""Scales: the search against brute force, the refit against its own normal equations."""
+"""Scales: the search against brute force."""
 
 import pytest
 import torch
@@ -58,42 +58,11 @@ def test_importance_decides():
     assert clipped < grid.searched(weights, torch.ones(33), config)[0].abs()
 
 
-@pytest.mark.parametrize("fields", [{"recipe": "tuned"}, {"desc_act": True, "refit": True}, {"refit": True, "sym": False}], ids=str)
-def test_refit_never_raises_the_loss_of_a_row(fields):
-    weight, hessian = problem(256)
-    config = QuantizeConfig(bits=3, group_size=32, **fields)
-    factor = factorize(hessian.double(), config, "layer")
-    with_refit = solve(weight.double(), factor, config)
-    without = solve(weight.double(), factor, config.model_copy(update={"refit": False}))
-    assert torch.equal(with_refit.codes, without.codes)
-    assert (with_refit.loss <= without.loss).all()
-    assert with_refit.loss.sum() < 0.99 * without.loss.sum()
-
-
-def test_refit_solves_the_normal_equations():
-    """No scale of any group can be moved for the better, up to float16."""
-    weight, hessian = problem(128, rows=4)
-    config = QuantizeConfig(bits=2, group_size=32, refit=True, static_groups=True)
-    solved = solve(weight.double(), factorize(hessian.double(), config, "layer"), config)
-    damped = hessian.double() + 0.1 * hessian.double().diagonal().mean() * torch.eye(128)
-
-    def loss(scales):
-        error = weight.double() - grid.dequantize(solved.codes, scales, solved.zeros, solved.g_idx, torch.float32).double()
-        return ((error @ damped) * error).sum(1)
-
-    start = loss(solved.scales)
-    for g in range(4):
-        for factor in (0.98, 1.02):
-            moved = solved.scales.float().clone()
-            moved[g] *= factor
-            assert (loss(moved) > start * 0.9999).all()
-
-
 def test_tuned_is_better_than_classic_on_the_true_hessian():
     weight, hessian = problem(256)
     losses = {}
     for recipe in ("classic", "tuned"):
         config = QuantizeConfig(bits=3, group_size=64, recipe=recipe)
-        error = weight - solve(weight, factorize(hessian, config, "layer"), config).weight(torch.float32)
+        error = weight - solve(weight, factorize(hessian, config, "layer", 600), config).weight(torch.float32)
         losses[recipe] = float(((error @ hessian) * error).sum())
     assert losses["tuned"] < 0.9 * losses["classic"]

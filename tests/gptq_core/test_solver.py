@@ -10,12 +10,13 @@ from gptq_core.config import QuantizeConfig
 from gptq_core.factor import factorize
 from gptq_core.solver import round_to_nearest, solve
 
+CLASSIC = {"recipe": "classic"}
 ORDERS = {
-    "plain": {"act_group_aware": False},
-    "group_aware": {"act_group_aware": True},
-    "desc_act": {"desc_act": True},
-    "static": {"static_groups": True, "activation_order": False},
-    "static_ordered": {"static_groups": True},
+    "plain": CLASSIC | {"act_group_aware": False},
+    "group_aware": CLASSIC | {"act_group_aware": True},
+    "desc_act": CLASSIC | {"desc_act": True},
+    "static": CLASSIC | {"static_groups": True, "act_group_aware": False},
+    "static_ordered": CLASSIC | {"static_groups": True},
 }
 
 
@@ -24,7 +25,7 @@ ORDERS = {
 def test_codes_equal_the_textbook(bits, sym, group_size, order):
     weight, hessian = problem(192 if group_size == 48 else 256)
     config = QuantizeConfig(bits=bits, sym=sym, group_size=group_size, damp_percent=0.05, **ORDERS[order])
-    factor = factorize(hessian.double(), config, "layer")
+    factor = factorize(hessian.double(), config, "layer", 600)
     solved = solve(weight.double(), factor, config)
     expected = textbook_gptq(
         weight, hessian, bits=bits, group_size=group_size, sym=sym, damp_percent=0.05, order=factor.order,
@@ -36,17 +37,21 @@ def test_codes_equal_the_textbook(bits, sym, group_size, order):
     assert torch.equal(solved.zeros.double(), expected["zeros"])
     torch.testing.assert_close(solved.loss, expected["loss"])
     # float32 differs only where a weight, or a scale on its way to float16, sits on a rounding tie
-    single = solve(weight, factorize(hessian, config, "layer"), config)
+    single = solve(weight, factorize(hessian, config, "layer", 600), config)
     assert (single.codes != expected["codes"]).double().mean() < 0.02
     torch.testing.assert_close(single.loss.double().sum(), expected["loss"].sum(), rtol=1e-2, atol=0)
 
 
 REFITTED = {
-    "tuned": {"recipe": "tuned"},
-    "tuned_asym": {"recipe": "tuned", "sym": False},
-    "tuned_row": {"recipe": "tuned", "group_size": -1},
-    "desc_act_refit": {"desc_act": True, "refit": True, "scale_search": "weighted"},
-    "group_aware_search": {"scale_search": "weighted"},
+    "tuned": {},
+    "tuned_asym": {"sym": False},
+    "tuned_row": {"group_size": -1},
+    "tuned_short_groups": {"group_size": 16, "descent": 2},
+    "tuned_desc_act": {"desc_act": True, "descent": 3},
+    "refit_alone": CLASSIC | {"refit": True},
+    "descent_alone": CLASSIC | {"descent": 2},
+    "desc_act_refit": CLASSIC | {"desc_act": True, "refit": True, "scale_search": "weighted"},
+    "group_aware_search": CLASSIC | {"scale_search": "weighted"},
 }
 
 
@@ -54,7 +59,7 @@ REFITTED = {
 def test_loss_is_the_quadratic_form_of_the_written_weight(fields):
     weight, hessian = problem(256)
     config = QuantizeConfig(**{"bits": 3, "group_size": 64, "damp_percent": 0.02, **fields})
-    solved = solve(weight.double(), factorize(hessian.double(), config, "layer"), config)
+    solved = solve(weight.double(), factorize(hessian.double(), config, "layer", 600), config)
     error = weight.double() - solved.weight(torch.float64)
     damped = hessian.double() + 0.02 * hessian.double().diagonal().mean() * torch.eye(256)
     torch.testing.assert_close(solved.loss, ((error @ damped) * error).sum(1), rtol=1e-5, atol=0)
@@ -64,7 +69,7 @@ def test_loss_is_the_quadratic_form_of_the_written_weight(fields):
 def test_beats_rounding_to_nearest(order):
     weight, hessian = problem(256)
     config = QuantizeConfig(bits=3, group_size=64, **ORDERS[order])
-    solved = solve(weight, factorize(hessian, config, "layer"), config)
+    solved = solve(weight, factorize(hessian, config, "layer", 600), config)
     nearest = round_to_nearest(weight, config)
 
     def damage(s):
@@ -78,23 +83,23 @@ def test_diagonal_hessian_rounds_to_nearest():
     """Without correlations there is nothing to feed back: GPTQ is rounding, whatever the order."""
     weight, _ = problem(128)
     hessian = torch.diag(torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.5)
-    config = QuantizeConfig(bits=4, group_size=32)
-    assert torch.equal(solve(weight, factorize(hessian, config, "layer"), config).codes, round_to_nearest(weight, config).codes)
+    config = QuantizeConfig(**CLASSIC, bits=4, group_size=32)
+    assert torch.equal(solve(weight, factorize(hessian, config, "layer", 600), config).codes, round_to_nearest(weight, config).codes)
 
 
 def test_a_column_that_never_fires_is_rounded_and_harms_nobody():
     weight, hessian = problem(128)
     hessian[5], hessian[:, 5] = 0, 0
-    config = QuantizeConfig(bits=4, group_size=-1)
-    solved = solve(weight, factorize(hessian, config, "layer"), config)
+    config = QuantizeConfig(**CLASSIC, bits=4, group_size=-1)
+    solved = solve(weight, factorize(hessian, config, "layer", 600), config)
     assert torch.equal(solved.codes[5], round_to_nearest(weight, config).codes[5])
 
 
 def test_group_of_zeros_stays_zero():
     weight, hessian = problem(128)
     weight[:, :32] = 0
-    config = QuantizeConfig(bits=4, group_size=32, static_groups=True)
-    solved = solve(weight, factorize(hessian, config, "layer"), config)
+    config = QuantizeConfig(**CLASSIC, bits=4, group_size=32, static_groups=True)
+    solved = solve(weight, factorize(hessian, config, "layer", 600), config)
     assert torch.isfinite(solved.weight(torch.float32)).all()
     assert torch.equal(solved.scales[0], torch.ones_like(solved.scales[0]))
 
@@ -104,8 +109,8 @@ def test_v1_never_gets_a_zero_point_of_zero_and_v2_may():
     weight = weight.abs() + 0.1  # all positive: the best zero point is 0
     zeros = {}
     for format in ("gptq", "gptq_v2"):
-        config = QuantizeConfig(bits=4, group_size=32, sym=False, format=format)
-        zeros[format] = solve(weight, factorize(hessian, config, "layer"), config).zeros
+        config = QuantizeConfig(**CLASSIC, bits=4, group_size=32, sym=False, format=format)
+        zeros[format] = solve(weight, factorize(hessian, config, "layer", 600), config).zeros
     assert zeros["gptq"].min() == 1
     assert zeros["gptq_v2"].min() == 0
 
@@ -113,7 +118,7 @@ def test_v1_never_gets_a_zero_point_of_zero_and_v2_may():
 def test_input_is_left_untouched():
     weight, hessian = problem(128)
     kept = weight.clone(), hessian.clone()
-    config = QuantizeConfig(bits=4, group_size=32)
-    solve(weight, factorize(hessian, config, "layer"), config)
+    config = QuantizeConfig(**CLASSIC, bits=4, group_size=32)
+    solve(weight, factorize(hessian, config, "layer", 600), config)
     assert torch.equal(weight, kept[0])
     assert torch.equal(hessian, kept[1])
