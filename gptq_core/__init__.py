@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gptq_core.allocation import Allocation, allocate
     from gptq_core.calibration import Windows, calibration_windows, evaluation_windows
     from gptq_core.checkpoint.inspection import inspect_checkpoint
     from gptq_core.config import QuantizeConfig
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from gptq_core.quantizer import GPTQQuantizer, load_quantized_model
 
 _HOME = {
+    "Allocation": "allocation",
     "GPTQError": "errors",
     "GPTQQuantizer": "quantizer",
     "Quantization": "engine",
     "QuantizeConfig": "config",
     "QuantizedLinear": "linear",
     "Windows": "calibration",
+    "allocate": "allocation",
     "calibration_windows": "calibration",
     "evaluate_pair": "evaluation",
     "evaluation_windows": "calibration",
@@ -34,12 +37,14 @@ _HOME = {
 }
 
 __all__ = [
+    "Allocation",
     "GPTQError",
     "GPTQQuantizer",
     "Quantization",
     "QuantizeConfig",
     "QuantizedLinear",
     "Windows",
+    "allocate",
     "calibration_windows",
     "evaluate_pair",
     "evaluation_windows",

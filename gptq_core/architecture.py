@@ -45,13 +45,22 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise InputError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
 
 
-def choose_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU where there is none."""
+def choose_device(device: str | int | torch.device) -> torch.device:
+    """A device by torch's name for it, or a GPU by its number; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises InputError for what is no device and for one that this machine's torch does not see.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device = {device!r}: this machine's torch sees no GPU; use 'cpu' or 'auto'")
+    try:
+        chosen = torch.device(f"cuda:{device}" if type(device) is int else device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device = {device!r}: not a device; use 'cpu', 'cuda', 'cuda:1', the number of a GPU, or 'auto'") from error
+    seen = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if seen is not None and seen.type == chosen.type else 0
+    if chosen.type != "cpu" and (chosen.index or 0) >= count:
+        found = f"{count} of type {chosen.type}, counted from 0" if count else "no GPU" if chosen.type == "cuda" else f"no {chosen.type}"
+        raise InputError(f"device = {device!r}: this machine's torch sees {found}; use 'cpu' or 'auto'")
     return chosen
 
 

@@ -76,6 +76,8 @@ def stored(source: Checkpoint, format: str) -> list[Layer]:
 
 def named(backend: str | None) -> str | None:
     """The kernel that a `backend` names, None for this library's own path. InputError: neither."""
+    if not isinstance(backend, str | None):
+        raise InputError(f"backend = {backend!r}: must be a name, such as 'torch' or 'gptq_marlin'")
     try:
         return kernel_name(backend)
     except ValueError as error:

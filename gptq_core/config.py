@@ -100,6 +100,32 @@ RULE_KEYS = (
 """What a rule of `dynamic` may set for the linears that it matches."""
 
 
+class Allocate(Schema):
+    """Widths chosen linear by linear, for the least predicted KL under a budget."""
+
+    bits: list[Bits]
+    """Widths to choose from, at least two."""
+    budget_bpw: float | None = None
+    """Bits a weight on average, over all quantized linears: 3.0 is the size of 3 bits everywhere. Scales and zeros come on top."""
+    budget_gb: float | None = None
+    """Instead: size of the quantized linears on disk in 1e9 bytes, scales, zeros and g_idx included."""
+
+    @field_validator("bits")
+    @classmethod
+    def _in_order(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < 2:
+            raise ValueError("needs two different widths at least, such as [2, 3, 4, 8]")
+        return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Allocate:
+        if (self.budget_bpw is None) == (self.budget_gb is None):
+            raise ValueError("one budget is needed: budget_bpw (bits a weight, such as 3.5) or budget_gb (size in 1e9 bytes)")
+        if self.budget_bpw is not None and not self.bits[0] <= self.budget_bpw <= self.bits[-1]:
+            raise ValueError(f"budget_bpw = {self.budget_bpw:g}: the widths {self.bits} allow {self.bits[0]} to {self.bits[-1]}")
+        return self
+
+
 class QuantizeConfig(Schema):
     """What is computed for every quantized linear. Defaults are Optimum's."""
 
@@ -130,6 +156,9 @@ class QuantizeConfig(Schema):
     dynamic: dict[str, dict[str, Any]] | None = None
     """Rules for single linears, in GPTQModel's notation: a regular expression that is matched from the start of the full name, with
     the keys to change there, such as {"bits": 8}; "-:expression" with {} leaves them unquantized. The first rule that matches decides."""
+    allocate: Allocate | None = None
+    """Choose the width of every linear, fused ones alike, for the least predicted KL under a budget; written as rules of `dynamic`.
+    `bits` is then the width of the linears that no rule names."""
     format: Format = "gptq"
     """Layout of the zeros on disk: 'gptq' stores zero - 1, 'gptq_v2' the zero itself."""
     backend: Backend = None
@@ -192,6 +221,11 @@ class QuantizeConfig(Schema):
             raise ValueError(
                 "tuning_steps works only with target_shift above 0, for which the original model runs beside the quantized one"
             )
+        if self.allocate and self.bits not in self.allocate.bits:
+            raise ValueError(f"bits = {self.bits}: must be one of allocate.bits {self.allocate.bits}, it is where no rule differs")
+        positive = [rule for rule in self.dynamic or {} if not rule.startswith("-:")]
+        if self.allocate and positive:
+            raise ValueError(f"allocate writes the rules itself, so of dynamic it takes only '-:' ones: drop {positive[0]!r} or allocate")
         return self
 
     @model_validator(mode="after")
@@ -215,7 +249,7 @@ class QuantizeConfig(Schema):
 
     def _changed(self, changes: dict[str, Any]) -> QuantizeConfig:
         """With a rule's changes, by values alone: equal configs give equal ones. What gave way to desc_act comes back without it."""
-        own = self.model_dump(exclude={"dynamic"})
+        own = self.model_dump(exclude={"dynamic", "allocate"})
         if "desc_act" in changes:
             own = _beside(own, own)
         return QuantizeConfig.model_validate(_beside(own, changes) | changes)
@@ -225,10 +259,10 @@ class QuantizeConfig(Schema):
         return next((rule for rule in self.dynamic or {} if re.match(expression(rule), name)), None)
 
     def for_linear(self, name: str) -> QuantizeConfig | None:
-        """The config of the linear of this full name, without `dynamic`; None where a rule leaves it out."""
+        """The config of the linear of this full name, without `dynamic` and `allocate`; None where a rule leaves it out."""
         rule = self.rule_for(name)
         if rule is None:
-            return self.model_copy(update={"dynamic": None})
+            return self.model_copy(update={"dynamic": None, "allocate": None})
         return None if rule.startswith("-:") else self._changed(self.dynamic[rule])
 
     @property

@@ -26,18 +26,21 @@ from gptq_core.errors import InputError
 def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write the dense twin of a GPTQ checkpoint to the new folder `out`. dtype: None is that of the checkpoint's config.
 
-    Raises InputError when `checkpoint` is not quantized or `out` exists. `out` appears when it is complete.
+    Raises InputError when `checkpoint` is not quantized or `out` exists or cannot be made. `out` appears when it is complete.
     """
     folder, target = Path(checkpoint), Path(out)
     quantization = read_quantization_config(folder)
-    if target.exists():
+    if os.path.exists(target):  # unlike Path.exists, false for a name that is too long
         raise InputError(f"{target} exists already; name a new folder")
     source = Checkpoint(folder)
     kind = dtype or load_config(folder).dtype or torch.float16
     format = layout(quantization)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{target}: no folder can be made there ({error.strerror}); name another") from error
     weight_map: dict[str, str] = {}
     total = 0
     for shard, names in source.shards().items():

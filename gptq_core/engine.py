@@ -101,6 +101,21 @@ class Quantization:
 
         Raises InputError (wrong model, config or output; nothing was touched) or OutputHeldError.
         """
+        run = cls.look(model_path, config, windows, revision=revision, dtype=dtype, device=device)
+        run.output = OutputFolder(Path(out))
+        with ExitStack() as on_failure:
+            on_failure.callback(run.close)  # whatever goes wrong from here on, the lock is given back
+            record = run._identity()
+            run.key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+            run.finished = run.output.open(run.key, record | {"tokens": run._text()}, overwrite)
+            on_failure.pop_all()
+        return run
+
+    @classmethod
+    def look(
+        cls, model_path: str, config: QuantizeConfig, windows: Windows, *, revision: str | None, dtype: str, device: str
+    ) -> Quantization:
+        """What `open` checks before it touches the output. What comes back can capture, and has nowhere to write to."""
         source = Checkpoint(resolve(model_path, revision))
         target = architecture.choose_device(device)
         model_config = architecture.load_config(source.folder)
@@ -111,15 +126,7 @@ class Quantization:
         if config.tuning_steps and windows.count < 2:
             raise InputError(f"quantization.tuning_steps = {config.tuning_steps}: one calibration window cannot both drive and judge "
                              "the tuning; give calibration.samples of 2 or more")  # fmt: skip
-        run = cls(source, model_config, config, windows, target, architecture.choose_dtype(dtype, model_config, target))
-        run.output = OutputFolder(Path(out))
-        with ExitStack() as on_failure:
-            on_failure.callback(run.close)  # whatever goes wrong from here on, the lock is given back
-            record = run._identity()
-            run.key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-            run.finished = run.output.open(run.key, record | {"tokens": run._text()}, overwrite)
-            on_failure.pop_all()
-        return run
+        return cls(source, model_config, config, windows, target, architecture.choose_dtype(dtype, model_config, target))
 
     def kernel(self, dtype: torch.dtype | None = None) -> backends.Kernel | None:
         """The kernel that `config.backend` names, for what this run writes, on its device; None: plain torch. See backends.choose."""
@@ -148,9 +155,12 @@ class Quantization:
         """What decides the bytes of the result: the content key is the sha256 of this record."""
         with self._timed("read"):
             model_sha256 = self.source.digest()
+        # the dataset is represented by the digest of its tokens, backend concerns loading only
+        config = self.config.model_dump(exclude={"dataset", "backend"})
+        if self.config.dynamic:  # the first rule that matches decides, so their order counts: as pairs it does for JSON too
+            config["dynamic"] = [[rule, changes] for rule, changes in self.config.dynamic.items()]
         return {
-            # the dataset is represented by the digest of its tokens, backend concerns loading only
-            "config": self.config.model_dump(exclude={"dataset", "backend"}),
+            "config": config,
             "model_sha256": model_sha256,
             "tokens_sha256": self.windows.digest,
             "versions": {
@@ -173,6 +183,9 @@ class Quantization:
 
     def capture(self) -> dict[str, Any]:
         """Run the model up to its first block on every calibration batch. Also the way back to the start after a failure."""
+        if self.config.allocate:
+            raise InputError("quantization.allocate: the widths are not chosen yet; quantize with what "
+                             "allocate(model, config, windows).apply(config) returns")  # fmt: skip
         self._position = -1
         model, blocks = self.decoder.model, self.decoder.blocks
         block_names = set(self.decoder.block_tensor_names())
@@ -264,11 +277,7 @@ class Quantization:
         configs, linears = self.selection.in_block(index), architecture.linears_of(block)
         wanted = {name: linears[name] for name in configs}
         with self._timed("forward"):
-            first = self._hidden[0][:1]
-            groups = walk.discover(block, wanted, first, self._call(index).cut(1))
-        unreached = set(wanted) - {name for group in groups for name in group.names}
-        if unreached:
-            raise InputError(f"{path}.{min(unreached)}: a forward never reaches this linear, so it has no calibration inputs")
+            groups = self._groups(index, block, wanted)
         solutions: dict[str, solver.Solution] = {}
         reports: dict[str, dict[str, Any]] = {}
 
@@ -298,6 +307,15 @@ class Quantization:
         with self._timed("write"):
             record = {"kind": "block", "block": index, "layers": list(reports.values())} | ({"tuning": tuning} if tuning else {})
             return self.output.write_shard(self._file(index), shard, record)
+
+    def _groups(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> list[walk.InputGroup]:
+        groups = walk.discover(block, linears, self._hidden[0][:1], self._call(index).cut(1))
+        unreached = set(linears) - {name for group in groups for name in group.names}
+        if unreached:
+            raise InputError(
+                f"{self.decoder.prefix}.{index}.{min(unreached)}: a forward never reaches this linear, so it has no calibration inputs"
+            )
+        return groups
 
     def _twin(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> walk.Original | None:
         """A copy of the block that stays as it is, for the original model's hidden states; None where targets are not shifted."""

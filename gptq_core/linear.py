@@ -49,22 +49,24 @@ def load_quantized(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     backend: str | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose quantized linears run from the packed tensors.
 
     dtype: of everything else and of the arithmetic; None is float32 on the CPU, where it costs nothing in accuracy, and the
-    checkpoint's own dtype elsewhere. device: None is the CPU. backend: None or 'torch' is plain torch; the name of a kernel of
-    GPTQModel (see `kernels`) puts that in, and where it does not take the default dtype, None is the checkpoint's own or else
-    float16 or bfloat16. Reads `gptq` and `gptq_v2`, with or without g_idx, whoever wrote them.
+    checkpoint's own dtype elsewhere. device: torch's name for it, a GPU's number, or 'auto'; None is the CPU. backend: None or
+    'torch' is plain torch; the name of a kernel of GPTQModel (see `kernels`) puts that in, and where it does not take the default
+    dtype, None is the checkpoint's own or else float16 or bfloat16. Reads `gptq` and `gptq_v2`, with or without g_idx, whoever
+    wrote them.
 
-    Raises InputError for a folder that is not a GPTQ checkpoint and for a backend that is unknown, not installed, or not
-    possible for this checkpoint and device; CorruptCheckpointError for a checkpoint that contradicts itself.
+    Raises InputError for a folder that is not a GPTQ checkpoint, for a device that is not there, and for a backend that is
+    unknown, not installed, or not possible for this checkpoint and device; CorruptCheckpointError for a checkpoint that
+    contradicts itself.
     """
     folder = Path(path)
     quantization = read_quantization_config(folder)
-    target = torch.device(device or "cpu")
+    target = architecture.choose_device("cpu" if device is None else device)
     kernel = backends.for_checkpoint(backend, folder, target, dtype)
     source = Checkpoint(folder)
     config = architecture.load_config(folder)

@@ -50,6 +50,8 @@ class Consumer:
     lm_head: bool
     asymmetric_v1: bool
     """Loads zeros that are fitted and stored minus one."""
+    fuses: bool = False
+    """Runs q, k and v, and gate and up, as one linear: all of them quantized alike, or none."""
     tiles: bool = False
     """In and out of a linear must be multiples of 64, and one of them of 128."""
     vocabulary: int = 1
@@ -62,8 +64,8 @@ ANY_BITS, EITHER = (2, 3, 4, 8), (True, False)
 
 CONSUMERS = (
     #        name            version   bits      sym      groups  desc_act rules  head   asymmetric v1
-    Consumer("vLLM",         "0.33",   (4, 8),   (True,), MARLIN, False,   True,  True,  False, vocabulary=64),
-    Consumer("SGLang",       "0.5.23", (4, 8),   (True,), MARLIN, True,    True,  True,  False, tiles=True, vocabulary=64),
+    Consumer("vLLM",         "0.33",   (4, 8),   (True,), MARLIN, False,   True,  True,  False, fuses=True, vocabulary=64),
+    Consumer("SGLang",       "0.5.23", (4, 8),   (True,), MARLIN, True,    True,  True,  False, fuses=True, tiles=True, vocabulary=64),
     Consumer("transformers", "5.23",   ANY_BITS, EITHER,  TORCH,  True,    False, False, True),
     Consumer("GPTQModel",    "7.7",    ANY_BITS, EITHER,  TORCH,  True,    True,  True,  False),
 )  # fmt: skip
@@ -148,6 +150,8 @@ def _reasons(consumer: Consumer, config: QuantizeConfig, chosen: Selection) -> I
         yield "sym false with format gptq (taken only from its own writer): set quantization.format: gptq_v2"
     if not consumer.rules:
         yield from _uneven(config, chosen)
+    if consumer.fuses:
+        yield from _parted(chosen)
     heads = [(name, layer) for name, layer in chosen.layers.items() if not name.startswith(f"{chosen.prefix}.")]
     for name, layer in heads:
         if not consumer.lm_head:
@@ -186,6 +190,20 @@ def _uneven(config: QuantizeConfig, chosen: Selection) -> Iterator[str]:
             f"{_first([n for n in chosen.left if n.startswith(f'{chosen.prefix}.')])} unquantized (must be the same linears in every "
             "block): leave them out in all blocks or in none"
         )
+
+
+def _parted(chosen: Selection) -> Iterator[str]:
+    """Reasons of a consumer that runs several linears as one."""
+    odd: dict[str, list[str]] = {}
+    for members in chosen.parted:
+        leaves = "|".join(name.rpartition(".")[2] for name in members)
+        odd.setdefault(leaves, []).extend([name for name in members if name in chosen.left] or members[1:])
+    for leaves, names in odd.items():
+        if any(chosen.left.get(name) == selection.NOT_LISTED for name in names):
+            remedy = "name all of them in quantization.modules_in_block_to_quantize, or none"
+        else:
+            remedy = f"leave all of them out by a rule in quantization.dynamic, '-:.*\\.({leaves})'"
+        yield f"{_first(names)} unlike the rest of {leaves} (one linear there, so quantized alike or not at all): {remedy}"
 
 
 def _without_tile(chosen: Selection) -> Iterator[str]:

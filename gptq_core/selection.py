@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from gptq_core.errors import InputError
 
 KEYS_ON_DISK = ("bits", "group_size", "sym", "desc_act")
 """What a reader of `dynamic` needs to know about a linear; how its codes were found does not concern it."""
+
+NOT_LISTED = "not in modules_in_block_to_quantize"
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,16 @@ class Selection:
         head = any(not name.startswith(f"{self.prefix}.") for name in self.layers)
         return inner[0] if self.left and not head and all(names == inner[0] for names in inner) else None
 
+    @property
+    def parted(self) -> list[list[str]]:
+        """Linears that are one in vLLM and SGLang and differ in being quantized or in their keys on disk."""
+        fused = _fused(self.layers.keys() | self.left.keys()).values()
+        return [members for members in fused if len({str(_stored(self.layers, name)) for name in members}) > 1]
+
 
 def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Selection:
     """Raises InputError when the source is quantized already, lacks a tensor, has a linear that cannot be packed while
-    `config.strict` forbids leaving it, or when a rule of `dynamic` matches nothing or parts what consumers fuse."""
+    `config.strict` forbids leaving it, or when a rule of `dynamic` decides nothing or parts what consumers fuse."""
     if getattr(decoder.model.config, "quantization_config", None):
         raise InputError(f"{source.folder}: this checkpoint is already quantized; give the original model")
     _check_tensors(source, decoder)
@@ -80,7 +89,7 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Sele
         inner = re.sub(rf"^{re.escape(decoder.prefix)}\.\d+\.", "", name)
         chosen = config.for_linear(name)
         if config.modules is not None and inner != name and inner not in config.modules:
-            left[name] = "not in modules_in_block_to_quantize"
+            left[name] = NOT_LISTED
         elif chosen is None:
             left[name] = f"dynamic: {config.rule_for(name)}"
         elif reason := why_not_packable(columns, out, chosen.group_size):
@@ -94,7 +103,15 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Sele
             f"{'it' if len(unpackable) == 1 else f'these {len(unpackable)} layers'} unquantized"
         )
     if not any(name.startswith(f"{decoder.prefix}.") for name in layers):
+        keys = dict.fromkeys(
+            "modules_in_block_to_quantize" if reason == NOT_LISTED else f"dynamic {config.rule_for(name)!r}"
+            for name, reason in left.items()
+            if name not in unpackable
+        )
+        if keys:
+            raise InputError(f"no linear of any decoder block is quantized: {' and '.join(keys)} left them out; let some take part")
         raise InputError(f"{source.folder}: no linear of any decoder block can be quantized{_choices(list(linears.values()))}")
+    _check_rules(config, linears, left)
     return Selection(decoder.prefix, len(decoder.blocks), layers, left, _rules(decoder, config, layers, left))
 
 
@@ -122,6 +139,27 @@ def _check_names(decoder: Decoder, config: QuantizeConfig, linears: dict[str, tu
             )
 
 
+def _check_rules(config: QuantizeConfig, linears: Iterable[str], left: dict[str, str]) -> None:
+    """Every rule decides about a linear that could be quantized."""
+    free = [name for name in linears if name not in left or left[name].startswith("dynamic: ")]
+    deciding = {config.rule_for(name) for name in free}
+    for rule in config.dynamic or {}:
+        if rule in deciding:
+            continue
+        overruled = next((name for name in free if re.match(expression(rule), name)), None)
+        if overruled:
+            why = f"{config.rule_for(overruled)!r} comes before it at {overruled}; move it up or drop it"
+        else:
+            name = next(name for name in linears if re.match(expression(rule), name))
+            why = f"{name} is left ({left[name]}); {'name it there or ' if left[name] == NOT_LISTED else ''}drop the rule"
+        raise InputError(f"dynamic: {rule!r} decides about no linear: {why}")
+
+
+def _stored(layers: dict[str, Layer], name: str) -> dict[str, Any] | None:
+    """What the files say about a linear; None: it is not quantized."""
+    return {key: getattr(layers[name].config, key) for key in KEYS_ON_DISK} if name in layers else None
+
+
 def _rules(decoder: Decoder, config: QuantizeConfig, layers: dict[str, Layer], left: dict[str, str]) -> dict[str, dict[str, Any]]:
     """The rules for the files: what was left out for any reason as negative rules, and rules that also cover fused names.
 
@@ -136,16 +174,26 @@ def _rules(decoder: Decoder, config: QuantizeConfig, layers: dict[str, Layer], l
     rules = {f"-:{pattern}": {} for pattern in negative} | rules
     fused_rules: dict[str, dict[str, Any]] = {}
     for fused, members in _fused(layers.keys() | left.keys()).items():
-        stored = {name: {key: getattr(layers[name].config, key) for key in KEYS_ON_DISK} if name in layers else None for name in members}
+        stored = {name: _stored(layers, name) for name in members}
         first, wanted = next(iter(stored.items()))
+        leaves = "(" + "|".join(name.rpartition(".")[2] for name in members) + ")"
         for name, found in stored.items():
-            if found != wanted and any(config.rule_for(member) for member in members):
+            if found == wanted or not any(config.rule_for(member) for member in members):
+                continue
+            unpackable = next((n for n in members if n in left and left[n] != NOT_LISTED and not left[n].startswith("dynamic: ")), None)
+            if unpackable:
                 raise InputError(
-                    f"{first} and {name} are one linear in vLLM and SGLang, so they must agree in {', '.join(KEYS_ON_DISK)} and in being "
-                    f"quantized ({wanted or 'left'} and {found or 'left'}); let a rule match ("
-                    + "|".join(n.rpartition(".")[2] for n in members)
-                    + ")"
+                    f"{unpackable}: {left[unpackable]}, and in vLLM and SGLang it is one linear with the rest of {leaves}; "
+                    f"leave all of them out by a rule before the others, {{'-:.*\\.{leaves}': {{}}}}"
                 )
+            if any(left.get(member) == NOT_LISTED for member in members):
+                remedy = f"name all of {leaves} in modules_in_block_to_quantize, or none"
+            else:
+                remedy = f"let a rule match {leaves}"
+            raise InputError(
+                f"{first} and {name} are one linear in vLLM and SGLang, so they must agree in {', '.join(KEYS_ON_DISK)} and in being "
+                f"quantized ({wanted or 'left'} and {found or 'left'}); {remedy}"
+            )
         if len(set(map(str, stored.values()))) == 1 and _on_disk(rules, config, fused) != wanted:
             fused_rules[("-:" if wanted is None else "+:") + re.escape(fused) + "$"] = {} if wanted is None else wanted
     return fused_rules | rules

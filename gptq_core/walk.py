@@ -178,6 +178,14 @@ def finish(
         handle.remove()
 
 
+@torch.no_grad()
+def logits(model: nn.Module, blocks: nn.ModuleList, batch: Tensor, hidden: Tensor, as_tuple: bool) -> Tensor:
+    """The model's own logits for a batch of token ids, given the outputs of its last block."""
+    last = len(blocks) - 1
+    with _standing_in(blocks, lambda index, entering, _call: hidden if index == last else entering, as_tuple):
+        return model(input_ids=batch, use_cache=False).logits
+
+
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and (a is b or torch.equal(a, b))

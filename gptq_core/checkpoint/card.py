@@ -29,12 +29,12 @@ def render(details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
         f"{summary['bytes']} bytes where the original has {summary['original_bytes']}.", "",
         f"Calibrated on {tokens['windows']} windows of {tokens['seqlen']} tokens from {tokens['source']}.", "",
         "| setting | value |", "|---|---|",
-        *(f"| {key} | {value} |" for key, value in config.items()), "",
+        *(f"| {key} | {_cell(value)} |" for key, value in config.items()), "",
         "```python", "from gptq_core import load_quantized", "", 'model = load_quantized("path/to/this/folder")', "```", "",
     ]  # fmt: skip
     if summary.get("loads"):
         lines += ["| loads in | by its rules |", "|---|---|"]
-        lines += [f"| {row['consumer']} {row['version']} | {'no: ' + '; '.join(row['reasons']) if row['reasons'] else 'yes'} |"
+        lines += [f"| {row['consumer']} {row['version']} | {_cell('no: ' + '; '.join(row['reasons']) if row['reasons'] else 'yes')} |"
                   for row in summary["loads"]]  # fmt: skip
         lines.append("")
     if evaluation:
@@ -42,6 +42,10 @@ def render(details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
         lines += [f"| {label} | {evaluation[key]:.6g} |" for key, label in EVALUATION if evaluation.get(key) is not None]
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", r"\|")  # as in the expressions of dynamic
 
 
 def rewrite(checkpoint: Path, evaluation: dict[str, Any] | None) -> None:

@@ -32,3 +32,6 @@ def test_refusals(tmp_path):
     quantize(model, tmp_path / "out", QuantizeConfig(bits=4, group_size=32))
     with pytest.raises(InputError, match="exists already"):
         dequantize_checkpoint(tmp_path / "out", model)
+    for out in (tmp_path / "out" / "config.json" / "x", tmp_path / ("x" * 300), "/proc/x"):
+        with pytest.raises(InputError, match="no folder can be made there .*; name another"):
+            dequantize_checkpoint(tmp_path / "out", out)

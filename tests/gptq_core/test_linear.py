@@ -4,6 +4,7 @@ from safetensors.torch import load_file, save_file
 from tiny import logits, quantize, save_model, windows
 
 from gptq_core import QuantizeConfig, QuantizedLinear, load_quantized
+from gptq_core.architecture import choose_device
 from gptq_core.errors import InputError
 from gptq_core.linear import to_dense
 
@@ -56,3 +57,47 @@ def test_groups_counted_from_the_end_and_a_missing_g_idx(tmp_path):
                 del tensors[name]
         save_file(tensors, shard, {"format": "pt"})
     assert torch.equal(logits(load_quantized(tmp_path / "out"), windows().tokens), before)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Sets how many GPUs torch sees."""
+
+    def see(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda") if count else None)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+    return see
+
+
+def test_devices(gpus):
+    gpus(2)
+    for device, expected in {
+        "auto": "cuda",
+        "cuda": "cuda",
+        0: "cuda:0",
+        1: "cuda:1",
+        "cpu": "cpu",
+        torch.device("cuda:1"): "cuda:1",
+    }.items():
+        assert choose_device(device) == torch.device(expected)
+    gpus(0)
+    assert choose_device("auto") == choose_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "message"),
+    [
+        *((0, device, "sees no GPU; use 'cpu' or 'auto'") for device in (0, "cuda", "cuda:1", torch.device("cuda"))),
+        (2, 2, "sees 2 of type cuda, counted from 0"),
+        (2, "xpu", "sees no xpu"),
+        *((2, device, "not a device; use 'cpu', 'cuda'") for device in ("gpu", "", "0", -1, True)),
+    ],
+    ids=str,
+)
+def test_devices_that_are_not_there(count, device, message, gpus, tmp_path):
+    gpus(count)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    with pytest.raises(InputError, match=f"device = .*{message}"):
+        load_quantized(tmp_path, device=device)

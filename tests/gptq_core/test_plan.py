@@ -16,14 +16,20 @@ from gptq_core.plan import CONSUMERS, Verdict, loadability, objections, plan
 W4 = {"bits": 4, "group_size": 32}
 SERVERS = {"vLLM", "SGLang"}
 ALL = {consumer.name for consumer in CONSUMERS}
+PARTED = "k_proj and 3 more unlike the rest of k_proj|q_proj|v_proj (one linear there, so quantized alike or not at all): "
 LEFT_ALIKE, LEFT_IN_ONE = {r"-:.*mlp\.(gate|up)_proj": {}}, {r"-:model\.layers\.0\.mlp\.": {}}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Sizes that Marlin's tiles fit, the same with a head of 128 rows, and smaller ones that they do not."""
+    """Sizes that Marlin's tiles fit, the same with a head of 128 rows, smaller ones that they do not, and k and v of 16 rows."""
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"fits": {"hidden_size": 128}, "head": {"hidden_size": 128, "vocab_size": 128}, "small": {}}
+    sizes = {
+        "fits": {"hidden_size": 128},
+        "head": {"hidden_size": 128, "vocab_size": 128},
+        "small": {},
+        "narrow": {"num_key_value_heads": 1},
+    }
     return {name: save_model("llama", folder / name, **changes) for name, changes in sizes.items()}
 
 
@@ -61,6 +67,12 @@ def refusing(found):
         ({"bits": 3, "dynamic": {".*": {"bits": 4}}}, SERVERS | {"transformers"}, "bits 3 (must be 4 or 8): set quantization.bits"),
         ({"dynamic": LEFT_ALIKE}, set(), ""),
         ({"modules_in_block_to_quantize": [["mlp.down_proj"]]}, set(), ""),
+        ({"modules_in_block_to_quantize": [["self_attn.q_proj"]]}, SERVERS, PARTED + "name all of them in quantization.modules_in"),
+        (
+            {"model": "narrow", "strict": False},
+            SERVERS,
+            PARTED + r"leave all of them out by a rule in quantization.dynamic, '-:.*\.(k_proj",
+        ),
         ({"dynamic": LEFT_IN_ONE}, {"transformers"}, "model.layers.0.mlp.gate_proj and 2 more unquantized (must be the same linears"),
         ({"model": "head", "lm_head": True}, {"transformers"}, "lm_head quantized (only linears of the decoder blocks are read)"),
         ({"lm_head": True}, SERVERS | {"transformers"}, "lm_head with 96 rows (must be a multiple of 64"),
@@ -206,6 +218,10 @@ def problems(server, folder, model):
         {"dynamic": LEFT_ALIKE, "format": "gptq_v2"},
         {"dynamic": LEFT_IN_ONE | {r".*\.1\.self_attn": {"bits": 8, "group_size": -1}}},
         {"modules_in_block_to_quantize": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]]},
+        {"modules_in_block_to_quantize": [["mlp.gate_proj"], ["mlp.down_proj"]]},
+        {"modules_in_block_to_quantize": [["self_attn.q_proj"]]},
+        {"model": "narrow", "strict": False},
+        {"model": "narrow", "dynamic": {r"-:.*\.(k_proj|q_proj|v_proj)": {}}},
         {"model": "head", "lm_head": True, "dynamic": {"lm_head": {"bits": 8}} | LEFT_ALIKE},
         {"lm_head": True},
         {"model": "small"},

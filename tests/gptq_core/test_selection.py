@@ -80,6 +80,7 @@ def test_a_mixed_run_resumes_from_its_blocks(llama, tmp_path):
         ),
         ({r"-:model\.layers\.0\.": {}}, None),
         ({r"model\.layers\.0": {"bits": 8}}, None),
+        ({r".*\.(gate|up)_proj": {"bits": 8}, ".*mlp": {"bits": 2}}, None),  # the second alone matches gate_up_proj
     ],
 )
 def test_rules_on_disk_answer_for_every_linear_and_every_fused_one(rules, modules, llama, tmp_path):
@@ -116,12 +117,102 @@ def test_what_cannot_be_packed_is_left_by_rules_too(tmp_path):
         ({"dynamic": {r"layers\.0\.mlp": {"bits": 8}}}, r"'layers\\\\.0\\\\.mlp' matches no linear.*model\.layers\.0\."),
         ({"dynamic": {r"lm_head": {"bits": 8}}}, r"lm_head takes part only with lm_head: true"),
         ({"dynamic": {r".*down_proj": {"group_size": 96}}}, r"down_proj: group_size 96 does not divide in 128"),
-        ({"dynamic": {r"-:.*": {}}}, "no linear of any decoder block"),
+        ({"dynamic": {r"-:.*": {}}}, r"no linear of any decoder block is quantized: dynamic '-:\.\*' left them out"),
+        ({"modules_in_block_to_quantize": []}, "no linear of any decoder block is quantized: modules_in_block_to_quantize left them out"),
+        (
+            {"dynamic": {".*": {"bits": 8}, ".*down_proj": {"bits": 3}}},
+            r"'\.\*down_proj' decides about no linear: '\.\*' comes before it at ",
+        ),
+        ({"dynamic": {".*": {"bits": 8}, "-:.*down_proj": {}}}, r"'-:\.\*down_proj' decides about no linear: .*move it up or drop it"),
+        (
+            {"dynamic": {".*down_proj": {"bits": 8}}, "modules_in_block_to_quantize": [["self_attn.o_proj"]]},
+            r"decides about no linear: .*down_proj is left \(not in modules_in_block_to_quantize\); name it there or drop the rule",
+        ),
+        (
+            {"dynamic": {".*o_proj": {}, ".*self_attn": {"bits": 8}}, "modules_in_block_to_quantize": [["self_attn.q_proj"]]},
+            r"o_proj is left \(not in modules_in_block_to_quantize\); name it there or drop",
+        ),
+        (
+            {"dynamic": {".*self_attn": {"bits": 8}}, "modules_in_block_to_quantize": [["self_attn.q_proj"]]},
+            r"one linear in vLLM.*name all of \(k_proj\|q_proj\|v_proj\) in modules_in_block_to_quantize, or none",
+        ),
     ],
 )
 def test_rules_that_cannot_be_kept_are_refused_before_any_work(fields, message, llama, tmp_path):
     with pytest.raises(InputError, match=message):
         select(llama, tmp_path, **fields)
+
+
+def test_rules_over_members_that_cannot_be_packed_name_them(tmp_path):
+    model = save_model("llama", tmp_path / "model", num_key_value_heads=1)  # k and v have 16 rows
+    rules = {".*(q|k|v)_proj": {"bits": 8}}
+    with pytest.raises(InputError, match=r"k_proj: in 64 and out 16 must be multiples of 32.*'-:\.\*\\\.\(k_proj\|q_proj\|v_proj\)'"):
+        select(model, tmp_path, strict=False, dynamic=rules)
+    remedy = {r"-:.*\.(k_proj|q_proj|v_proj)": {}, ".*self_attn": {"bits": 8}}
+    assert {name.rpartition(".")[2] for name in select(model, tmp_path, dynamic=remedy).left} == {"q_proj", "k_proj", "v_proj"}
+    with pytest.raises(InputError, match=r"'\.\*k_proj' decides about no linear: .*k_proj is left \(in 64 and out 16 .*\); drop the rule"):
+        select(model, tmp_path, strict=False, dynamic={".*k_proj": {"bits": 8}})
+
+
+BASES = [
+    *({"recipe": recipe} for recipe in ("classic", "tuned", "best", "max")),
+    {"desc_act": True},
+    {"static_groups": False},
+    {"recipe": "max", "target_shift": 0},
+    {"recipe": "classic", "act_group_aware": False},
+]
+CHANGES = [
+    {"bits": 8, "desc_act": True},
+    {"desc_act": False},
+    {"static_groups": False},
+    {"act_group_aware": False},
+    {"refit": False},
+    {"group_size": -1, "damp_percent": "auto"},
+]
+
+
+@pytest.mark.parametrize("base", BASES, ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_what_a_rule_means_depends_on_values_alone(base, changes):
+    config = QuantizeConfig(bits=4, **base, dynamic={".*down_proj": changes, "-:.*up_proj": {}})
+    for again in (QuantizeConfig.model_validate(config.model_dump()), QuantizeConfig.model_validate_json(config.model_dump_json())):
+        assert again == config
+        for name in ("mlp.down_proj", "mlp.up_proj", "mlp.gate_proj"):
+            assert again.for_linear(name) == config.for_linear(name)
+    found = config.for_linear("mlp.down_proj")
+    assert {key: getattr(found, key) for key in changes} == changes
+    if "desc_act" not in changes and "act_group_aware" not in changes:
+        assert found.act_group_aware == config.act_group_aware
+
+
+def test_what_gave_way_to_desc_act_comes_back_where_a_rule_takes_it_away():
+    config = QuantizeConfig(bits=4, desc_act=True, dynamic={".*down_proj": {"desc_act": False}})
+    assert config.for_linear("mlp.down_proj") == QuantizeConfig(bits=4)
+
+
+def test_values_of_rules_are_kept_as_validated(llama, tmp_path):
+    rules = {".*down_proj": {"bits": 8.0, "sym": "false", "desc_act": "true"}, ".*o_proj": {"damp_percent": "0.5"}}
+    config = QuantizeConfig(**W4, dynamic=rules)
+    assert repr(config.dynamic) == repr({".*down_proj": {"bits": 8, "sym": False, "desc_act": True}, ".*o_proj": {"damp_percent": 0.5}})
+    assert rules[".*down_proj"]["sym"] == "false", "the caller's dict stays"
+    assert '"bits": 8, "sym": false, "desc_act": true' in json.dumps(select(llama, tmp_path, dynamic=rules).rules)
+
+
+def test_the_order_of_rules_belongs_to_the_run(llama, tmp_path):
+    rules = {r".*\.1\.mlp": {"bits": 2}, r".*(down|o)_proj": {"bits": 8}}
+    config, other = (QuantizeConfig(**W4, dynamic=dict(order)) for order in (rules.items(), reversed(rules.items())))
+    assert config == other, "dicts have no order, so equal configs may be different runs"
+    quantize(llama, tmp_path / "out", config)
+    with pytest.raises(InputError, match=r"already holds something else \(dynamic \[.*\] there, \[.*\] asked for\)"):
+        Quantization.open(str(llama), other, windows(), tmp_path / "out", device="cpu")
+    with Quantization.open(str(llama), config, windows(), tmp_path / "out", device="cpu") as run:
+        assert run.finished
+    with Quantization.open(str(llama), config, windows(), tmp_path / "cut", device="cpu") as run:
+        run.quantize_block(0)
+    with pytest.raises(InputError, match="holds 1 finished blocks of another run"):
+        Quantization.open(str(llama), other, windows(), tmp_path / "cut", device="cpu")
+    row = next(line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("| dynamic "))
+    assert row.replace(r"\|", "").count("|") == 3 and r"(down\|o)_proj" in row, "a bar in a rule ends no cell of the card"
 
 
 @pytest.mark.parametrize(

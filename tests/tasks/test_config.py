@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import yaml
 
 from flows.demo import demo_config
-from gptq_core.config import QuantizeConfig
+from gptq_core.config import RECIPES, QuantizeConfig
 from gptq_core.errors import InputError
 from tasks.config import RunConfig, from_dict, load, parse_setting
 
@@ -20,11 +22,36 @@ def load_text(text):
 
 
 def test_the_documented_config_names_every_key_with_its_default(request):
-    data = yaml.safe_load((request.config.rootpath / "configs" / "quantize.yaml").read_text())
+    text = (request.config.rootpath / "configs" / "quantize.yaml").read_text()
+    live, data = yaml.safe_load(text), yaml.safe_load(re.sub(r"(?m)^  # (?=[a-z_]+: )", "  ", text))
     for room, field in RunConfig.model_fields.items():
-        assert list(data[room]) == list(field.annotation.model_fields) or set(data[room]) == set(field.annotation.model_fields)
+        assert sorted(data[room]) == sorted(field.annotation.model_fields), room
+    # what is said in a file wins over its recipe, so what recipes set is only said in comments
+    assert data["quantization"].keys() - live["quantization"].keys() == {"act_group_aware"}.union(*RECIPES.values())
+    assert all(live[room] == data[room] for room in data if room != "quantization")
     least = from_dict({"model": {"path": data["model"]["path"]}, "quantization": {"bits": 4, "dataset": data["quantization"]["dataset"]}})
-    assert from_dict(data) == least
+    assert from_dict(data) == from_dict(live) == least
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_copy_of_the_documented_config_follows_its_recipe(recipe, request):
+    config = load(request.config.rootpath / "configs" / "quantize.yaml", {"quantization.recipe": recipe}).quantization
+    assert config == QuantizeConfig(bits=4, dataset=config.dataset, recipe=recipe)
+    assert {key: getattr(config, key) for key in RECIPES[recipe]} == RECIPES[recipe]
+    reordered = load(request.config.rootpath / "configs" / "quantize.yaml", {"quantization.desc_act": True}).quantization
+    assert reordered.desc_act and not reordered.static_groups and not reordered.act_group_aware
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("changes", [
+    {"bits": 8, "desc_act": True}, {"static_groups": False}, {"act_group_aware": False}, {"refit": False},
+], ids=str)  # fmt: skip
+def test_rules_mean_the_same_after_the_yaml(recipe, changes):
+    config = from_dict(LEAST, {"quantization.recipe": recipe, "quantization.dynamic": {"b": {"bits": 2}, "a": changes, "-:c": {}}})
+    again = load_text(config.to_yaml())
+    assert again == config and list(again.quantization.dynamic) == ["b", "a", "-:c"]
+    for name in ("a", "b", "c", "d"):
+        assert again.quantization.for_linear(name) == config.quantization.for_linear(name)
 
 
 def test_demo_finds_its_files_from_anywhere(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 
 import tasks.prepare
 from gptq_core.errors import InputError
-from tasks.config import from_dict
+from tasks.config import from_dict, parse_setting
 from tasks.evaluate import Progress, evaluate
 
 
@@ -37,6 +37,16 @@ def test_the_revision_reaches_all_that_open_the_model(config, monkeypatch):
     monkeypatch.setattr(tasks.prepare.Quantization, "open", spy_open)
     tasks.prepare.check(config)
     assert seen == dict.fromkeys(("resolve", "model_limits", "load_tokenizer", "open"), "v1.2")
+
+
+@pytest.mark.parametrize("rule", ["{bits: 8, desc_act: true}", "{desc_act: 'true', bits: 8.0}", "{static_groups: false}"])
+@pytest.mark.parametrize("recipe", ["classic", "tuned"])
+def test_a_rule_from_the_command_line_reaches_the_engine(rule, recipe, config):
+    key, value = parse_setting(f'quantization.dynamic={{".*down_proj": {rule}}}')
+    data = config.model_dump(exclude={"quantization"}) | {"quantization": {"bits": 4, "dataset": config.quantization.dataset}}
+    ruled = from_dict(data, {key: value, "quantization.recipe": recipe, "quantization.group_size": 32})
+    tasks.prepare.check(ruled)
+    assert tasks.prepare.prepare(ruled).calibration.digest == tasks.prepare.prepare(config).calibration.digest
 
 
 def test_the_revision_reaches_the_evaluation(config, monkeypatch, tmp_path):

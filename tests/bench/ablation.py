@@ -1,0 +1,168 @@
+"""What each step of the recipes gives and costs: the ladder from classic to max, and best without each of its steps.
+
+    python tests/bench/ablation.py MODEL OUT --calibration TEXT --heldout TEXT [--bits 4,3,2] [--draws 3] [--rows classic,tuned]
+
+MODEL is any local folder. TEXT is a file (.txt, .jsonl, .parquet), or FILE.safetensors:NAME for a row of token ids. A draw is another
+set of calibration windows. Every number is of the checkpoint as written; KL and agreement over the whole held-out text. Into OUT go
+results.jsonl (a line a run, appended: a second start goes on), table.md and figure.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from safetensors import safe_open
+
+from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, evaluate_pair, evaluation_windows
+from gptq_core.config import RECIPES
+from gptq_core.source import load_tokenizer
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the choice of the backend
+
+OFF = QuantizeConfig(bits=4, recipe="classic").model_dump()
+STEPS = {
+    "static groups, activation order": {"static_groups": True},
+    "weighted signed search": {"scale_search": "weighted"},
+    "refit": {"refit": True},
+    "descent, one pass (tuned)": {"descent": 1},
+    "target shift": {"target_shift": 1.0},
+    "residual shift": {"residual_shift": 0.5},
+    "a second pass (best)": {"descent": 2},
+    "block tuning (max)": {"tuning_steps": RECIPES["max"]["tuning_steps"]},
+}
+
+
+def rows() -> dict[str, dict]:
+    """Name to fields: the ladder, then best without one step."""
+    found: dict[str, dict] = {"classic": {"recipe": "classic"}}
+    fields = {"recipe": "classic"}
+    for name, step in STEPS.items():
+        fields = fields | step
+        found[f"+ {name}"] = fields
+    for key in RECIPES["best"]:
+        without = {"recipe": "best", key: OFF[key]}
+        found[f"best without {key}"] = without
+    found["best, damp_percent auto"] = {"recipe": "best", "damp_percent": "auto"}
+    return found
+
+
+def windows(text: str, model: str, seqlen: int, samples: int, draw: int | None) -> Windows:
+    """Calibration windows of a draw, or the held-out ones (draw None)."""
+    file, _, name = text.rpartition(":")
+    if file.endswith(".safetensors"):
+        with safe_open(file, "pt") as opened:
+            ids = opened.get_tensor(name).long()
+        every = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+        part = every[:samples] if draw is None else every[draw * samples : (draw + 1) * samples]
+        return Windows(part, Path(file).name, len(every))
+    tokenizer = load_tokenizer(model)
+    if draw is None:
+        return evaluation_windows(text, tokenizer, seqlen, samples)
+    return calibration_windows(text, tokenizer, samples, seqlen, draw)
+
+
+def measure(model: str, config: QuantizeConfig, calibration: Windows, heldout: Windows) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        started = time.process_time()
+        with Quantization.open(model, config, calibration, out, device="cpu") as run:
+            for index in range(run.block_count):
+                run.quantize_block(index)
+            run.assemble()
+        seconds = time.process_time() - started
+        found = evaluate_pair(model, str(out), heldout, device="cpu")
+        shutil.rmtree(out)
+    return {"cpu_seconds": seconds} | {key: found[key] for key in ("kl", "quantized_perplexity", "original_perplexity", "top1_agreement")}
+
+
+def table(results: list[dict], bits: list[int]) -> str:
+    """Means over the draws, ± half the range; cost as CPU seconds over those of classic at the same width."""
+    lines = ["| | " + " | ".join(f"{b} bits: KL | perplexity | agreement | cost" for b in bits) + " |", "|---" * (1 + 4 * len(bits)) + "|"]
+    for name in dict.fromkeys(r["row"] for r in results):
+        cells = []
+        for b in bits:
+            runs = [r for r in results if (r["row"], r["bits"]) == (name, b)]
+            base = [r["cpu_seconds"] for r in results if (r["row"], r["bits"]) == ("classic", b)]
+            if not runs:
+                cells.append(" | | |")
+                continue
+            kl, ppl, same, cost = ([r[key] for r in runs] for key in ("kl", "quantized_perplexity", "top1_agreement", "cpu_seconds"))
+            ratio = f"{statistics.mean(cost) / statistics.mean(base):.2f}" if base else ""
+            cells.append(f"{statistics.mean(kl):.5f} ± {(max(kl) - min(kl)) / 2:.5f} | {statistics.mean(ppl):.3f} | "
+                         f"{statistics.mean(same):.4f} | {ratio}")  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figure(results: list[dict], bits: list[int], path: Path) -> None:
+    names = list(dict.fromkeys(r["row"] for r in results))
+    drawn, axes = plt.subplots(1, len(bits), figsize=(5 * len(bits), 0.32 * len(names) + 1.5), sharey=True, squeeze=False)
+    for axis, b in zip(axes[0], bits, strict=True):
+        for position, name in enumerate(names):
+            kl = [r["kl"] for r in results if (r["row"], r["bits"]) == (name, b)]
+            if kl:
+                axis.barh(position, statistics.mean(kl), color="#4477aa")
+                axis.plot(kl, [position] * len(kl), "k|", markersize=6)
+        axis.set(title=f"{b} bits", xlabel="KL per token")
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+    drawn.tight_layout()
+    drawn.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--rows", help="names of rows, comma-separated; all unless given")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--heldout-samples", type=int, default=96)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    bits = [int(b) for b in args.bits.split(",")]
+    chosen = {name: fields for name, fields in rows().items() if not args.rows or name in args.rows.split(",")}
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / "results.jsonl"
+    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(r["row"], r["bits"], r["draw"]) for r in results}
+    heldout = windows(args.heldout, args.model, args.seqlen, args.heldout_samples, None)
+    for draw in range(args.draws):
+        calibration = windows(args.calibration, args.model, args.seqlen, args.samples, draw)
+        for name, fields in chosen.items():
+            for b in bits:
+                if (name, b, draw) in done:
+                    continue
+                config = QuantizeConfig(bits=b, group_size=args.group_size, **fields)
+                results.append({"row": name, "bits": b, "draw": draw} | measure(args.model, config, calibration, heldout))
+                with log.open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+                print({key: round(value, 5) if isinstance(value, float) else value for key, value in results[-1].items()}, flush=True)
+    order = list(rows())
+    results.sort(key=lambda r: (order.index(r["row"]), -r["bits"], r["draw"]))
+    head = (f"{Path(args.model).name}, group {args.group_size}, {args.samples} × {args.seqlen} calibration tokens, {args.draws} draws, "
+            f"{heldout.count} × {args.seqlen} held-out tokens, original perplexity {results[0]['original_perplexity']:.3f}; "
+            f"{datetime.date.today()}, {args.threads} thread of {platform.machine()}, torch {torch.__version__}.")  # fmt: skip
+    (args.out / "table.md").write_text(f"{head}\n\n{table(results, bits)}\n")
+    figure(results, bits, args.out / "figure.svg")
+
+
+if __name__ == "__main__":
+    main()
