@@ -1,6 +1,6 @@
 """The main job: a causal language model in, a GPTQ checkpoint out, evaluated and tracked.
 
-    prepare_dataset -> capture_calibration -> quantize_block x N -> assemble -> evaluate -> log
+    prepare_dataset -> (allocate ->) capture_calibration -> quantize_block x N -> assemble -> evaluate -> log
 
 The checkpoint is published before it is evaluated: an evaluation that fails costs its numbers and never the checkpoint. Work
 that is finished is not done twice: then the flow reports what its record holds, and only what is missing is made up for.
@@ -19,10 +19,11 @@ from gptq_core.checkpoint.card import rewrite as write_card
 from gptq_core.config import kernel_name
 from gptq_core.errors import GPTQError
 from tasks import record as records
+from tasks.allocate import allocate
 from tasks.config import RunConfig
 from tasks.data import prepare_dataset
 from tasks.evaluate import Progress, evaluate
-from tasks.prepare import open_quantization
+from tasks.prepare import open_quantization, stored_allocation
 from tasks.quantize import Handle, assemble, capture_calibration, quantize_block
 from tasks.tracking import log
 
@@ -37,8 +38,10 @@ def quantize(config: RunConfig) -> dict[str, Any]:
     report, board, started = progress.reporter(), Board("quantize"), time.perf_counter()
     with report.stage("prepare dataset"):
         data = prepare_dataset(config)
-    with open_quantization(config, Windows.load(data["calibration"]["file"])) as job:
-        record = _record(config, job.key, data)
+    calibration = Windows.load(data["calibration"]["file"])
+    allocation = _allocate(config, calibration, data["calibration"]["file"], report)
+    with open_quantization(config, calibration) as job:
+        record = _record(config, job.key, data, allocation)
         record["unchanged"] = job.finished
         if job.finished:
             report.note(f"{config.out}: unchanged, nothing to do")
@@ -48,6 +51,8 @@ def quantize(config: RunConfig) -> dict[str, Any]:
             record["assembly"] = assemble(Handle(job))
         if not job.finished:
             record["stage_seconds"] = {"prepare": data["seconds"], **job.stage_seconds}
+            if allocation:
+                record["stage_seconds"]["allocate"] = allocation["seconds"]
         records.write(config.out, record)
         if record["evaluation"] is None:
             board.progress(90, "evaluate")
@@ -67,6 +72,18 @@ def quantize(config: RunConfig) -> dict[str, Any]:
             f"the checkpoint {config.out} is complete, but its evaluation failed ({record['evaluation_error']}): "
             "run the same command again to evaluate it")
     return record
+
+
+def _allocate(config: RunConfig, calibration: Windows, file: str, report: progress.Reporter) -> dict[str, Any] | None:
+    """The widths of the linears, as they were chosen before or chosen now; None where none are asked for."""
+    if config.quantization.allocate is None:
+        return None
+    stored = stored_allocation(config, calibration)
+    if stored:
+        return stored
+    with open_quantization(config, calibration) as job, report.stage("allocate bits", job.block_count) as advance:
+        # open only so that no other run writes there meanwhile
+        return allocate(config, file, Progress(lambda done, total: advance(done)))
 
 
 def _quantize(job: Any, report: progress.Reporter, board: Board) -> list[dict[str, Any]]:
@@ -99,7 +116,7 @@ def _evaluate(config: RunConfig, record: dict[str, Any], report: progress.Report
         record["evaluation_error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _record(config: RunConfig, key: str, data: dict[str, Any]) -> dict[str, Any]:
+def _record(config: RunConfig, key: str, data: dict[str, Any], allocation: dict[str, Any] | None) -> dict[str, Any]:
     """The stored record if it is of this very work and text, else a new one; it keeps what the work already told."""
     stored = records.read(config.out)
     same_work = stored is not None and stored.get("key") == key
@@ -111,7 +128,7 @@ def _record(config: RunConfig, key: str, data: dict[str, Any]) -> dict[str, Any]
     record = records.new(config, key)
     if same_work:
         record |= {"blocks": stored["blocks"], "stage_seconds": stored["stage_seconds"]}
-    return record | {"calibration_data": data["calibration"], "evaluation_data": data["evaluation"]}
+    return record | {"calibration_data": data["calibration"], "evaluation_data": data["evaluation"], "allocation": allocation}
 
 
 def results(record: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +138,6 @@ def results(record: dict[str, Any]) -> dict[str, Any]:
         "original perplexity": evaluation.get("original_perplexity"), "quantized perplexity": evaluation.get("quantized_perplexity"),
         "KL per token (nats)": evaluation.get("kl"), "same top token": evaluation.get("top1_agreement"),
         "original bytes": assembly["original_bytes"], "quantized bytes": assembly["bytes"], "bits per weight": assembly["bits_per_weight"],
-        "seconds": record["seconds"],
+        "allocation": records.allocated(record), "seconds": record["seconds"],
     }
     return {key: value for key, value in rows.items() if value is not None}

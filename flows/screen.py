@@ -9,7 +9,7 @@ from rich.table import Table
 
 from gptq_core.plan import Plan
 from tasks.config import RunConfig
-from tasks.record import record_path
+from tasks.record import allocated, record_path
 
 
 def size(count: float) -> str:
@@ -35,7 +35,9 @@ def show_table(rows: dict[str, Any]) -> None:
 def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     """The short table of a run, and where to look."""
     evaluation, assembly = record["evaluation"] or {}, record["assembly"]
-    table = Table(title=f"{config.out.name}: {config.quantization.bits} bits, group {config.quantization.group_size}", title_justify="left")
+    chosen = allocated(record)
+    width = f"{record['allocation']['bits_per_weight']:.2f}" if chosen else config.quantization.bits
+    table = Table(title=f"{config.out.name}: {width} bits, group {config.quantization.group_size}", title_justify="left")
     for column in ("", "original", "quantized"):
         table.add_column(column, justify="left" if not column else "right")
     before, after = evaluation.get("original_perplexity"), evaluation.get("quantized_perplexity")
@@ -55,6 +57,8 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     places = Table(show_header=False, box=None, padding=(0, 2))
     places.add_row("checkpoint", str(config.out))
     places.add_row("record", str(record_path(config.out)))
+    if chosen:
+        places.add_row("allocation", chosen)
     if assembly.get("loads"):
         places.add_row("loads in", loads_in(assembly["loads"]))
     if not tracked:

@@ -62,7 +62,7 @@ class EvaluationConfig(Schema):
 
 class OutputConfig(Schema):
     dir: str | None = None
-    """Folder of the checkpoint; null: runs/<model>-w<bits>g<group_size>. `<dir>.run.json` and `<dir>.work` lie beside it."""
+    """Folder of the checkpoint; null: runs/<model>-w<bits, or the budget>g<group_size>. `<dir>.run.json` and `<dir>.work` lie beside it."""
     overwrite: bool = False
     """Replace a checkpoint of another config that is already there; false: that is an error."""
     profile: Literal["mixed", "portable"] = "mixed"
@@ -114,6 +114,9 @@ class RunConfig(Schema):
     def _has_text(self) -> RunConfig:
         if not self.quantization.dataset:
             raise ValueError("quantization.dataset is required: a text file (.txt, .jsonl, .parquet), wikitext2 or c4")
+        if self.quantization.allocate and self.output.profile == "portable":
+            raise ValueError("output.profile = 'portable' excludes quantization.allocate: its widths stand in rules, which transformers "
+                             "does not read; set output.profile: mixed (with allocate.bits [4, 8] vLLM, SGLang and GPTQModel load it)")
         return self
 
     @property
@@ -123,7 +126,10 @@ class RunConfig(Schema):
             return Path(self.output.dir).expanduser()
         name = re.sub(r"[^\w.-]+", "-", Path(self.model.path).resolve().name if Path(self.model.path).is_dir() else self.model.path)
         group = "row" if self.quantization.group_size == -1 else self.quantization.group_size
-        return Path("runs") / f"{name.strip('.-') or 'model'}-w{self.quantization.bits}g{group}"
+        width, wanted = self.quantization.bits, self.quantization.allocate
+        if wanted:
+            width = f"{wanted.budget_bpw:g}" if wanted.budget_bpw is not None else f"{wanted.budget_gb:g}gb-"
+        return Path("runs") / f"{name.strip('.-') or 'model'}-w{width}g{group}"
 
     def to_yaml(self) -> str:
         """The expanded config; loading it gives an equal object."""

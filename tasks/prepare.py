@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from gptq_core import backends
+from gptq_core import allocation, backends
+from gptq_core.allocation import Allocation
 from gptq_core.architecture import choose_device
 from gptq_core.calibration import Windows, calibration_windows, evaluation_windows, split_windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
@@ -15,6 +18,7 @@ from gptq_core.errors import GPTQError, InputError
 from gptq_core.plan import Plan, loadability, objections, plan
 from gptq_core.source import load_tokenizer, model_limits
 from tasks.config import RunConfig
+from tasks.record import beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +57,52 @@ def _prepare(config_json: str, stamps: tuple) -> Prepared:
 
 
 def foresee(config: RunConfig) -> Plan:
-    """What the run would make and who will load it; reads config.json and headers, writes nothing."""
-    return plan(config.model.path, config.quantization, config.model.revision)
+    """What the run would make and who will load it; reads config.json and headers, writes nothing.
+
+    Where widths are still to be chosen, of a choice within the budget for which all weights count alike.
+    """
+    wanted, at = config.quantization, (config.model.path, config.model.revision)
+    if wanted.allocate:
+        wanted = allocation.presumed(wanted, plan(at[0], wanted, at[1]).selection).apply(wanted)
+    return plan(at[0], wanted, at[1])
+
+
+def allocation_file(config: RunConfig) -> Path:
+    """Where the widths lie that were chosen for this output, with the key of what they were chosen for."""
+    return beside(config.out, ".work") / "allocation.json"
+
+
+def allocation_key(config: RunConfig, calibration: Windows) -> str:
+    return allocation.key(config.model.path, config.quantization, calibration, device=config.model.device, dtype=config.model.dtype,
+                          revision=config.model.revision)
+
+
+def stored_allocation(config: RunConfig, calibration: Windows) -> dict[str, Any] | None:
+    """The record of the widths as they were chosen for this very request; None: not yet, or none are asked for."""
+    path = allocation_file(config)
+    if config.quantization.allocate is None or not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}): remove it, and the widths are chosen anew") from error
+    return record if isinstance(record, dict) and record.get("key") == allocation_key(config, calibration) else None
 
 
 def open_quantization(config: RunConfig, calibration: Windows) -> Quantization:
-    """The engine on this request: checked, locked, resumed. OutputHeldError: another run writes there."""
+    """The engine on this request: checked, locked, resumed. OutputHeldError: another run writes there.
+
+    Where widths are still to be chosen, it quantizes nothing yet.
+    """
     if config.output.profile == "portable":
         refused = objections(foresee(config).verdicts, full=True)
         if refused:
             raise InputError(f"output.profile = 'portable': {'; '.join(refused)}; or set output.profile: mixed")
+    wanted, stored = config.quantization, stored_allocation(config, calibration)
+    if stored:
+        wanted = Allocation.from_record(stored).apply(wanted)
     run = Quantization.open(
-        config.model.path, config.quantization, calibration, config.out, revision=config.model.revision,
+        config.model.path, wanted, calibration, config.out, revision=config.model.revision,
         dtype=config.model.dtype, device=config.model.device, overwrite=config.output.overwrite,
     )
     try:
@@ -80,7 +118,8 @@ def check(config: RunConfig) -> tuple[str, ...]:
     backends.choose(config.quantization.backend, [], choose_device(config.model.device))  # is it installed: before a text is read
     prepared = prepare(config)
     with open_quantization(config, prepared.calibration) as job:
-        return (*prepared.notes, *objections(loadability(config.quantization, job.selection)))
+        verdicts = foresee(config).verdicts if job.config.allocate else loadability(job.config, job.selection)
+        return (*prepared.notes, *objections(verdicts))
 
 
 def _stamp(dataset: object) -> tuple[int, int] | None:

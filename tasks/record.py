@@ -61,9 +61,18 @@ def new(config: RunConfig, key: str) -> dict[str, Any]:
     return {
         "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}", "key": key, "config": config.model_dump(mode="json"), "out": str(config.out),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "finished_ms": None, "seconds": None, "stage_seconds": {},
-        "peak_memory_bytes": None, "machine": machine(), "calibration_data": None, "evaluation_data": None, "assembly": None,
-        "evaluation": None, "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "mlflow": None,
+        "peak_memory_bytes": None, "machine": machine(), "calibration_data": None, "evaluation_data": None, "allocation": None,
+        "assembly": None, "evaluation": None, "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "mlflow": None,
     }
+
+
+def allocated(record: dict[str, Any]) -> str | None:
+    """What the chosen widths come to, in one line; None where none were chosen."""
+    found = record.get("allocation")
+    if not found:
+        return None
+    shares = ", ".join(f"{bits}: {share:.0%}" for bits, share in found["shares"].items())
+    return f"{found['bits_per_weight']:.2f} bits ({shares}), predicted KL {found['predicted_kl']:.4g}"
 
 
 def machine() -> dict[str, Any]:

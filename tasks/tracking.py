@@ -98,6 +98,7 @@ def metrics(record: dict[str, Any]) -> list[Any]:
     time_ms = record["finished_ms"]
     single = {key: (record["evaluation"] or {}).get(key) for key in EVALUATED}
     single |= {key: record["assembly"].get(key) for key in ("bytes", "original_bytes", "bits_per_weight", "quantized_layers")}
+    single["predicted_kl"] = (record.get("allocation") or {}).get("predicted_kl")
     single |= {f"seconds/{safe(stage)}": seconds for stage, seconds in record["stage_seconds"].items()}
     single |= {f"peak_memory_bytes/{kind}": size for kind, size in (record["peak_memory_bytes"] or {}).items()}
     single["seconds/total"] = record["seconds"]

@@ -6,6 +6,7 @@ Since the two results must differ in every point, an engine that ignored the fie
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from oracles import textbook_gptq
 from safetensors.torch import load_file, save_file
 from tiny import dense_twin, logits, quantize, save_model, windows
 
-from gptq_core import GPTQQuantizer, QuantizeConfig, QuantizedLinear, load_quantized
+from gptq_core import GPTQQuantizer, QuantizeConfig, QuantizedLinear, allocate, load_quantized
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.errors import FactorizationError, InputError
 
@@ -71,6 +72,10 @@ def write(config: QuantizeConfig, model: Path, out: Path) -> Written:
 def write_from_many_windows(config: QuantizeConfig, model: Path, out: Path) -> Written:
     """Few windows would be learned by heart, and the tuning not kept."""
     return Written(model, out, quantize(model, out, config, windows(400)))
+
+
+def write_with_chosen_widths(config: QuantizeConfig, model: Path, out: Path) -> Written:
+    return write(allocate(str(model), config, windows(), device="cpu").apply(config), model, out)
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,12 @@ def bits_on_disk(w: Written) -> dict[str, int]:
     return {name: w.bits(name) if f"{name}.qweight" in w.tensors else 16 for name in bits_by_rules(w)}
 
 
+def mean_bits(w: Written) -> float:
+    """A weight of the blocks."""
+    sizes = {name: weight_of(name, w.model).numel() for name in bits_on_disk(w)}
+    return sum(bits * sizes[name] for name, bits in bits_on_disk(w).items()) / sum(sizes.values())
+
+
 # -- runs that are no plain quantization --------------------------------------------------------------------------------------
 
 
@@ -392,6 +403,21 @@ ENTRIES = {
                 for name in bits_by_rules(w)
             },
         ),
+    ),
+    "allocate": Entry(
+        {"bits": 4, "group_size": 32, "allocate": {"bits": [2, 4], "budget_bpw": 3}},
+        {"bits": 4, "group_size": 32, "allocate": {"bits": [4, 8], "budget_bpw": 6}},
+        lambda w: {
+            "average": math.ceil(mean_bits(w)),
+            "widths": set(bits_on_disk(w).values()),
+            "json": bits_by_rules(w),
+        },
+        lambda fields, w: {
+            "average": fields["allocate"]["budget_bpw"],  # no more, and less by less than one unit
+            "widths": set(fields["allocate"]["bits"]),
+            "json": bits_on_disk(w),
+        },
+        run=write_with_chosen_widths,
     ),
     "format": Entry(
         PLAIN | {"format": "gptq"},

@@ -84,8 +84,8 @@ def test_a_batch_counts_only_where_it_goes():
     hidden = [torch.full((1, 4, 8), sign) for sign in (1.0, -1.0, 2.0)]
     groups = [walk.InputGroup((name,), 8) for name in ("even", "odd", "last")]
     seen = {}
-    calls = {1: walk.Call((), {})}
-    walk.walk(block, linears, groups, hidden, calls, lambda g, h: seen.update({g.names[0]: h.tokens}), True)
+    calls = {1: walk.Call((), {}, 1)}
+    walk.walk(block, linears, groups, hidden, calls, lambda g, h, _shift: seen.update({g.names[0]: h.tokens}), True)
     assert seen == {"even": 8, "odd": 4, "last": 12}
 
 
@@ -97,11 +97,11 @@ def test_quantized_weights_are_seen_downstream_only_with_true_sequential():
         nn.init.eye_(block[0].weight)
         traces = {}
 
-        def solve(group, hessian, traces=traces):
+        def solve(group, hessian, _shift, traces=traces):
             traces[group.names[0]] = float(hessian.mean().trace())
             linears[group.names[0]].weight.data.mul_(2)
 
-        walk.walk(block, linears, groups, [torch.ones(1, 3, 4)], {1: walk.Call((), {})}, solve, true_sequential)
+        walk.walk(block, linears, groups, [torch.ones(1, 3, 4)], {1: walk.Call((), {}, 1)}, solve, true_sequential)
         assert traces == {"0": 4.0, "1": 16.0 if true_sequential else 4.0}
 
 
