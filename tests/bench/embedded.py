@@ -49,7 +49,7 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(MODEL)
     calibration = calibration_windows(str(EMBEDDED / "train.parquet"), tokenizer, 128, 256, 0)
     heldout = evaluation_windows(str(EMBEDDED / "heldout.parquet"), tokenizer, 256)
-    print("| bits | rounded: perplexity | KL | classic: perplexity | KL | tuned: perplexity | KL | best: perplexity | KL |\n|---|---|---|---|---|---|---|---|---|")
+    print("| bits " + "".join(f"| {way}: perplexity | KL " for way in ("rounded", "classic", "tuned", "best")) + "|\n" + "|---" * 9 + "|")
     ways = ((rounded_to_nearest, "classic"), (solve_group, "classic"), (solve_group, "tuned"), (solve_group, "best"))
     for bits in (4, 3, 2):
         results = [judge(solve, QuantizeConfig(bits=bits, recipe=recipe), calibration, heldout) for solve, recipe in ways]
