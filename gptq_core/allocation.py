@@ -19,8 +19,6 @@ The sum takes errors for independent; it ranks choices better than it foretells 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +34,7 @@ from gptq_core import architecture, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.format import FUSED
 from gptq_core.config import QuantizeConfig
-from gptq_core.engine import Quantization
+from gptq_core.engine import Quantization, content_key
 from gptq_core.errors import FactorizationError, InputError
 from gptq_core.factor import factorize
 from gptq_core.hessian import Hessian
@@ -128,7 +126,7 @@ def allocate(
 def key(model_path: str, config: QuantizeConfig, windows: Windows, *, device: str, dtype: str, revision: str | None) -> str:
     """sha256 of all that decides an allocation."""
     with Quantization.look(model_path, config, windows, revision=revision, dtype=dtype, device=device) as run:
-        return hashlib.sha256(json.dumps(run._identity(), sort_keys=True).encode()).hexdigest()
+        return content_key(run._identity())
 
 
 def presumed(config: QuantizeConfig, selection: Selection) -> Allocation:

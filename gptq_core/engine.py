@@ -56,6 +56,11 @@ def code_sha256() -> str:
     return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
+def content_key(identity: dict[str, Any]) -> str:
+    """sha256 of what decides the bytes of a result."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
 class Quantization:
     """One model on its way into one output folder. Made by `open`, closed by `close` or `with`."""
 
@@ -106,7 +111,7 @@ class Quantization:
         with ExitStack() as on_failure:
             on_failure.callback(run.close)  # whatever goes wrong from here on, the lock is given back
             record = run._identity()
-            run.key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+            run.key = content_key(record)
             run.finished = run.output.open(run.key, record | {"tokens": run._text()}, overwrite)
             on_failure.pop_all()
         return run

@@ -61,7 +61,7 @@ def _solve_alike(
         target = weights
         if shift is not None:
             with timed("shift"):
-                target = shifted(members, hessian, shift, tokens)
+                target = shifted(members, weights, hessian, shift, tokens)
         with timed("sweep"):
             solved = solver.solve(target, factor, config)
     except FactorizationError as error:
@@ -92,14 +92,15 @@ def _solve_alike(
         start = stop
 
 
-def shifted(members: list[Member], hessian: Tensor, shift: Shift, tokens: int) -> Tensor:
-    """The stacked targets W* = W + α (W ΔC + β ΔR)(H + λI)⁻¹: what on the inputs as they are now gives what W gave on the original
-    ones and, for members that write to the residual stream, a share β of what that stream has lost. α is target_shift.
+def shifted(members: list[Member], weights: Tensor, hessian: Tensor, shift: Shift, tokens: int) -> Tensor:
+    """From the stacked `weights` of the members, the targets W* = W + α (W ΔC + β ΔR)(H + λI)⁻¹: what on the inputs as they are
+    now gives what W gave on the original ones and, for members that write to the residual stream, a share β of what that stream has
+    lost. α is target_shift.
 
     The minimum of ‖W x + β (r - r̃) - W* x̃‖² over the tokens, damped (QEP, arXiv 2504.09629, for β = 0). Raises FactorizationError.
     """
-    config, change = members[0].config, shift.inputs()
-    pulled = torch.cat([change.T @ member.weight.float().T for member in members], dim=1)  # (in, out of all members)
+    config = members[0].config
+    pulled = shift.inputs().T @ weights.T  # (in, out of all members)
     start = 0
     for member in members:
         stop = start + member.weight.shape[0]
@@ -115,5 +116,4 @@ def shifted(members: list[Member], hessian: Tensor, shift: Shift, tokens: int) -
             f"{members[0].name}: the Hessian is not positive definite with shift_damp_percent {damp:g}; "
             "raise it, or calibrate on more tokens"
         )
-    weights = torch.cat([member.weight.float() for member in members])
     return weights + config.target_shift * torch.cholesky_solve(pulled, lower).T

@@ -31,16 +31,12 @@ class Hessian:
         """Add a batch of inputs; every leading axis counts as tokens."""
         x = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x.shape[0]
-        on_tensor_cores = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-        if not on_tensor_cores:
-            x = x.float()
+        if not _on_tensor_cores(x):
+            x = x.float()  # once, not in every panel
         for start, stop in self._panels:
             below, panel = x[:, start:].T, x[:, start:stop]
             target = self._sum[start:, start:stop]
-            if on_tensor_cores:
-                target += torch.mm(below, panel, out_dtype=torch.float32)
-            else:
-                target.addmm_(below, panel)
+            _accumulate(target, below, panel)
 
     def mean(self) -> Float[Tensor, "in_features in_features"]:
         """The symmetric mean (in, in), float32. The sum itself is left as it is."""
@@ -71,9 +67,13 @@ class Shift:
         """Add a batch: its inputs now, the same tokens in the original model, and r - r̃."""
         x = inputs.reshape(-1, inputs.shape[-1])
         self._tokens += x.shape[0]
-        self._inputs = _added(self._inputs, (original - inputs).reshape(x.shape), x)
+        if self._inputs is None:
+            self._inputs = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        _accumulate(self._inputs, (original - inputs).reshape(x.shape).T, x)
         if residual is not None:
-            self._residual = _added(self._residual, residual, x)
+            if self._residual is None:
+                self._residual = torch.zeros(residual.shape[1], x.shape[1], device=x.device)
+            _accumulate(self._residual, residual.T, x)
 
     def inputs(self) -> Float[Tensor, "in_features in_features"]:
         """ΔC, float32."""
@@ -84,9 +84,13 @@ class Shift:
         return None if self._residual is None else self._residual / self._tokens
 
 
-def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(left.T, right, out_dtype=torch.float32)
+def _on_tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left · right, in float32."""
+    if _on_tensor_cores(right):
+        total += torch.mm(left, right, out_dtype=torch.float32)
     else:
-        product = left.float().T @ right.float()
-    return product if total is None else total.add_(product)
+        total.addmm_(left.float(), right.float())

@@ -21,6 +21,17 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 SYLLABLES = "ba ke lo mi nu sa te vo wi xa ra do fi gu".split()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules whose layers are small: more threads than one only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .txt of more than 60 KB, the same on every machine: sentences of made-up words, frequent ones more often."""

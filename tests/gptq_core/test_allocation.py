@@ -19,6 +19,8 @@ from gptq_core.errors import InputError
 from gptq_core.plan import plan
 from gptq_core.source import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 W = {"bits": 3, "group_size": 32}
 
@@ -29,15 +31,6 @@ def wanted(bits=(2, 3, 4, 8), budget_bpw=3.5, **fields):
 
 def looked_at(model, config, tokens=None):
     return Quantization.look(str(model), config, tokens or windows(), revision=None, dtype="auto", device="cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The layers are small: more threads than one only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

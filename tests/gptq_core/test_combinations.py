@@ -16,6 +16,8 @@ from gptq_core.dequantize import dequantize_checkpoint
 from gptq_core.factor import factorize
 from gptq_core.solver import round_to_nearest, solve
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COLUMNS, OUT = 256, 32
 ORDERS = {
     "plain": {"recipe": "classic", "act_group_aware": False},
@@ -27,15 +29,6 @@ ORDERS = {
 }
 WEIGHT, HESSIAN = problem(COLUMNS, OUT)
 DAMPED = HESSIAN.double() + 0.05 * HESSIAN.double().diagonal().mean() * torch.eye(COLUMNS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The layers are small: more threads than one only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def damage(weight):

@@ -24,6 +24,8 @@ from gptq_core import GPTQQuantizer, QuantizeConfig, QuantizedLinear, allocate, 
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.errors import FactorizationError, InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Q, ATTENDED, UP, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"))
 COLUMNS = 64
 PLAIN = {"recipe": "classic", "bits": 4, "group_size": 16, "act_group_aware": False}
@@ -508,15 +510,6 @@ ENTRIES = {
         run=without_a_hessian,
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The layers are small: more threads than one only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
