@@ -8,9 +8,12 @@ turned to log-probabilities in float32; the size text × vocabulary is never hel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,7 +22,7 @@ from gptq_core import backends
 from gptq_core.architecture import choose_device, choose_dtype, load_config
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
-from gptq_core.errors import CorruptCheckpointError
+from gptq_core.errors import CorruptCheckpointError, InputError
 from gptq_core.linear import load_quantized, to_dense
 
 LOGITS_AT_ONCE = 2**22
@@ -72,17 +75,20 @@ def evaluate_pair(
     revision: str | None = None,
     device: str = "auto",
     backend: str | None = None,
+    stored: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token and top-1 agreement.
 
     kl and top1_agreement are None with `kl=False`. backend: who runs the linears of `checkpoint`, as in `load_quantized`.
+    stored: a file that `store_original` wrote for this original and these windows; the original is not run then.
     """
-    models = [load_for_evaluation(original_path, device, revision), load_for_evaluation(checkpoint, device, backend=backend)]
+    model = load_for_evaluation(checkpoint, device, backend=backend)
+    originals = _originals(original_path, windows, device, revision) if stored is None else _stored(Path(stored), windows)
     nll, divergence, agreed, count = [0.0, 0.0], 0.0, 0, 0
-    for batch in _batches(windows, models[0], progress):
+    for batch, answer in zip(_batches(windows, model, progress), originals, strict=True):
         targets = batch[:, 1:].flatten()
-        original, quantized = (_log_probabilities(model, batch) for model in models)
+        original, quantized = answer.to(batch.device), _log_probabilities(model, batch)
         for index, log_probabilities in enumerate((original, quantized)):
             nll[index] -= log_probabilities.gather(-1, targets[:, None]).double().sum().item()
         if kl:
@@ -99,10 +105,54 @@ def evaluate_pair(
     }
 
 
-def _batches(windows: Windows, model: PreTrainedModel, progress: Progress | None):
+def original_bytes(model_path: str, windows: Windows, revision: str | None = None) -> int:
+    """Size of the file that `store_original` would write."""
+    vocabulary = load_config(resolve(model_path, revision)).get_text_config(decoder=True).vocab_size
+    return 4 * windows.count * (windows.seqlen - 1) * vocabulary
+
+
+def store_original(
+    model_path: str, windows: Windows, path: Path, *, revision: str | None = None, device: str = "auto", progress: Progress | None = None
+) -> None:
+    """Run the original once for many checkpoints: its log-probabilities, float32 (windows, seqlen − 1, vocabulary), as .npy.
+
+    The file appears whole or not at all. What is read from it is bit for bit what the model says on the same device.
+    """
+    model = load_for_evaluation(model_path, device, revision)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    draft, first = path.with_name(f".{os.getpid()}-{path.name}"), 0
+    kept = np.lib.format.open_memmap(draft, "w+", np.float32, (windows.count, windows.seqlen - 1, vocabulary))
+    for batch in _batches(windows, model, progress):
+        kept[first : first + len(batch)] = _log_probabilities(model, batch).cpu().view(len(batch), -1, vocabulary)
+        first += len(batch)
+    kept.flush()
+    draft.replace(path)
+
+
+def _originals(model_path: str, windows: Windows, device: str, revision: str | None) -> Iterator[Tensor]:
+    model = load_for_evaluation(model_path, device, revision)
+    for batch in _batches(windows, model, None):
+        yield _log_probabilities(model, batch)
+
+
+def _stored(path: Path, windows: Windows) -> Iterator[Tensor]:
+    kept = np.load(path, mmap_mode="r", allow_pickle=False)
+    if kept.shape[:2] != (windows.count, windows.seqlen - 1):
+        raise InputError(f"{path} holds {kept.shape[0]} × {kept.shape[1]} positions (must be {windows.count} × {windows.seqlen - 1}, "
+                         "those of the windows): remove it")  # fmt: skip
+    size = _windows_at_once(kept.shape[2], windows)
+    for first in range(0, windows.count, size):
+        yield torch.from_numpy(np.array(kept[first : first + size])).flatten(0, 1)
+
+
+def _windows_at_once(vocabulary: int, windows: Windows) -> int:
+    return max(1, LOGITS_AT_ONCE // (vocabulary * windows.seqlen))
+
+
+def _batches(windows: Windows, model: PreTrainedModel, progress: Progress | None) -> Iterator[Tensor]:
     device, done = next(model.parameters()).device, 0
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    for batch in windows.tokens.split(max(1, LOGITS_AT_ONCE // (vocabulary * windows.seqlen))):
+    for batch in windows.tokens.split(_windows_at_once(vocabulary, windows)):
         yield batch.to(device)
         done += batch.shape[0]
         if progress:

@@ -25,10 +25,10 @@ class Progress:
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate(checkpoint: str, windows_file: str, original: str | None, revision: str | None, device: str, kl: bool,
-             progress: Progress, backend: str | None = None) -> dict[str, Any]:
+             progress: Progress, backend: str | None = None, stored: str | None = None) -> dict[str, Any]:
     """The numbers of evaluate_pair, and seconds. Without an `original` only those that need none; the others are None.
 
-    backend: who runs the checkpoint's linears, as in load_quantized.
+    backend: who runs the checkpoint's linears, as in load_quantized. stored: the original's log-probabilities, as in evaluate_pair.
     """
     started = time.perf_counter()
     windows = Windows.load(windows_file)
@@ -38,6 +38,6 @@ def evaluate(checkpoint: str, windows_file: str, original: str | None, revision:
                    "tokens": alone["tokens"], "windows": windows.count}
     else:
         numbers = dict(evaluate_pair(original, checkpoint, windows, kl=kl, revision=revision, device=device, backend=backend,
-                                     progress=progress.call))
+                                     stored=stored, progress=progress.call))
     return {**numbers, "backend": backends.named(backend) or "torch", "digest": windows.digest, "seqlen": windows.seqlen,
             "seconds": time.perf_counter() - started}

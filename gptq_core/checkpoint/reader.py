@@ -6,7 +6,6 @@ it is asked for, so a model larger than memory is no obstacle.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import threading
@@ -115,15 +114,16 @@ class Checkpoint:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+known_sha256: dict[str, str] = {}
+"""Digests by path, size and time of change: one process reads a shard once, and may hand what it knows to another one."""
+
+
 def _unchanged_sha256(path: Path) -> str:
     status = path.stat()
-    return _sha256_at(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256_at(path: Path, _size: int, _mtime_ns: int) -> str:
-    """One process reads a shard once for its digest, as long as the file stays as it is."""
-    return file_sha256(path)
+    stamp = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    if stamp not in known_sha256:
+        known_sha256[stamp] = file_sha256(path)
+    return known_sha256[stamp]
 
 
 def file_sha256(path: Path) -> str:

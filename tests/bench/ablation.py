@@ -4,13 +4,15 @@
 
 MODEL is any local folder. TEXT is a file (.txt, .jsonl, .parquet), or FILE.safetensors:NAME for a row of token ids. A draw is another
 set of calibration windows. Every number is of the checkpoint as written; KL and agreement over the whole held-out text. Into OUT go
-results.jsonl (a line a run, appended: a second start goes on), table.md and figure.svg.
+results.jsonl (a line a run, appended: a second start, also with other rows, groups or widths, goes on), and, of all that is in it,
+table.md and a figure for each group size.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import shutil
@@ -32,14 +34,14 @@ import matplotlib.pyplot as plt  # noqa: E402 - after the choice of the backend
 
 OFF = QuantizeConfig(bits=4, recipe="classic").model_dump()
 STEPS = {
-    "static groups, activation order": {"static_groups": True},
-    "weighted signed search": {"scale_search": "weighted"},
-    "refit": {"refit": True},
-    "descent, one pass (tuned)": {"descent": 1},
-    "target shift": {"target_shift": 1.0},
-    "residual shift": {"residual_shift": 0.5},
-    "a second pass (best)": {"descent": 2},
-    "block tuning (max)": {"tuning_steps": RECIPES["max"]["tuning_steps"]},
+    "+ static groups and activation order": {"static_groups": True},
+    "+ weighted signed search": {"scale_search": "weighted"},
+    "+ refit": {"refit": True},
+    "tuned: + descent": {"descent": 1},
+    "+ target shift": {"target_shift": 1.0},
+    "+ residual shift": {"residual_shift": 0.5},
+    "best: + second pass": {"descent": 2},
+    "max: + block tuning": {"tuning_steps": RECIPES["max"]["tuning_steps"]},
 }
 
 
@@ -49,11 +51,11 @@ def rows() -> dict[str, dict]:
     fields = {"recipe": "classic"}
     for name, step in STEPS.items():
         fields = fields | step
-        found[f"+ {name}"] = fields
+        found[name] = fields
     for key in RECIPES["best"]:
         without = {"recipe": "best", key: OFF[key]}
         found[f"best without {key}"] = without
-    found["best, damp_percent auto"] = {"recipe": "best", "damp_percent": "auto"}
+    found["best with damp_percent auto"] = {"recipe": "best", "damp_percent": "auto"}
     return found
 
 
@@ -86,27 +88,45 @@ def measure(model: str, config: QuantizeConfig, calibration: Windows, heldout: W
     return {"cpu_seconds": seconds} | {key: found[key] for key in ("kl", "quantized_perplexity", "original_perplexity", "top1_agreement")}
 
 
-def table(results: list[dict], bits: list[int]) -> str:
-    """Means over the draws, ± half the range; cost as CPU seconds over those of classic at the same width."""
+def spread(values: list[float], digits: int) -> str:
+    """Mean over the draws, ± half their range: with three draws no narrower interval is honest."""
+    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def table(results: list[dict]) -> str:
+    """Of one setting. Cost: CPU seconds over those of classic on the same draw and width."""
+    bits = sorted({r["bits"] for r in results}, reverse=True)
     lines = ["| | " + " | ".join(f"{b} bits: KL | perplexity | agreement | cost" for b in bits) + " |", "|---" * (1 + 4 * len(bits)) + "|"]
+    base = {(r["bits"], r["draw"]): r["cpu_seconds"] for r in results if r["row"] == "classic"}
     for name in dict.fromkeys(r["row"] for r in results):
         cells = []
         for b in bits:
             runs = [r for r in results if (r["row"], r["bits"]) == (name, b)]
-            base = [r["cpu_seconds"] for r in results if (r["row"], r["bits"]) == ("classic", b)]
             if not runs:
-                cells.append(" | | |")
+                cells.append(" | | | ")
                 continue
-            kl, ppl, same, cost = ([r[key] for r in runs] for key in ("kl", "quantized_perplexity", "top1_agreement", "cpu_seconds"))
-            ratio = f"{statistics.mean(cost) / statistics.mean(base):.2f}" if base else ""
-            cells.append(f"{statistics.mean(kl):.5f} ± {(max(kl) - min(kl)) / 2:.5f} | {statistics.mean(ppl):.3f} | "
-                         f"{statistics.mean(same):.4f} | {ratio}")  # fmt: skip
+            kl, ppl, same = ([r[key] for r in runs] for key in ("kl", "quantized_perplexity", "top1_agreement"))
+            costs = [r["cpu_seconds"] / base[b, r["draw"]] for r in runs if (b, r["draw"]) in base]
+            cost = f"{statistics.median(costs):.2f}" if costs else ""
+            cells.append(f"{spread(kl, 5)} | {spread(ppl, 3)} | {spread(same, 4)} | {cost}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def figure(results: list[dict], bits: list[int], path: Path) -> None:
+def worse_than_classic(results: list[dict]) -> list[str]:
+    """Recipes whose KL lies above that of classic on every draw: the ones to be named where the recipes are described."""
+    base = {(r["bits"], r["draw"]): r["kl"] for r in results if r["row"] == "classic"}
+    found = []
+    for (name, b), runs in itertools.groupby(results, key=lambda r: (r["row"], r["bits"])):
+        ratios = [r["kl"] / base[b, r["draw"]] for r in runs if (b, r["draw"]) in base]
+        if ratios and min(ratios) > 1:
+            found.append(f"{name} at {b} bits is worse than classic on every draw: {statistics.mean(ratios):.2f} times its KL.")
+    return found
+
+
+def figure(results: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(r["row"] for r in results))
+    bits = sorted({r["bits"] for r in results}, reverse=True)
     drawn, axes = plt.subplots(1, len(bits), figsize=(5 * len(bits), 0.32 * len(names) + 1.5), sharey=True, squeeze=False)
     for axis, b in zip(axes[0], bits, strict=True):
         for position, name in enumerate(names):
@@ -119,6 +139,19 @@ def figure(results: list[dict], bits: list[int], path: Path) -> None:
         axis.invert_yaxis()
     drawn.tight_layout()
     drawn.savefig(path)
+    plt.close(drawn)
+
+
+def report(results: list[dict], out: Path, head: str) -> None:
+    """table.md and the figures of every (group size, symmetry) in the results."""
+    order = list(rows())
+    results = sorted(results, key=lambda r: (not r["sym"], -(r["group_size"] % 10**6), order.index(r["row"]), -r["bits"], r["draw"]))
+    parts = [head]
+    for (group, sym), found in itertools.groupby(results, key=lambda r: (r["group_size"], r["sym"])):
+        runs = list(found)
+        parts += [f"## Group size {group}, {'symmetric' if sym else 'asymmetric (gptq_v2)'}", table(runs), *worse_than_classic(runs)]
+        figure(runs, out / f"{'' if sym else 'asym-'}group{group}.svg")
+    (out / "table.md").write_text("\n\n".join(parts) + "\n")
 
 
 def main() -> None:
@@ -129,8 +162,9 @@ def main() -> None:
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--rows", help="names of rows, comma-separated; all unless given")
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--rows", help="names of rows (classic,tuned,best,max,...), comma-separated; all unless given")
+    parser.add_argument("--group-sizes", default="128")
+    parser.add_argument("--asymmetric", action="store_true", help="sym: false, format: gptq_v2")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--heldout-samples", type=int, default=96)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -138,30 +172,31 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bits = [int(b) for b in args.bits.split(",")]
-    chosen = {name: fields for name, fields in rows().items() if not args.rows or name in args.rows.split(",")}
+    chosen = {name: fields for name, fields in rows().items() if not args.rows or name.partition(":")[0] in args.rows.split(",")}
+    if unknown := set((args.rows or "").split(",")) - {""} - {name.partition(":")[0] for name in chosen}:
+        parser.error(f"no rows {sorted(unknown)}; there are {list(rows())}")
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "results.jsonl"
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(r["row"], r["bits"], r["draw"]) for r in results}
+    key = ("row", "bits", "group_size", "sym", "draw")
+    done = {tuple(r[name] for name in key) for r in results}
     heldout = windows(args.heldout, args.model, args.seqlen, args.heldout_samples, None)
+    zero = {"sym": False, "format": "gptq_v2"} if args.asymmetric else {"sym": True}
     for draw in range(args.draws):
         calibration = windows(args.calibration, args.model, args.seqlen, args.samples, draw)
-        for name, fields in chosen.items():
-            for b in bits:
-                if (name, b, draw) in done:
-                    continue
-                config = QuantizeConfig(bits=b, group_size=args.group_size, **fields)
-                results.append({"row": name, "bits": b, "draw": draw} | measure(args.model, config, calibration, heldout))
-                with log.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
-                print({key: round(value, 5) if isinstance(value, float) else value for key, value in results[-1].items()}, flush=True)
-    order = list(rows())
-    results.sort(key=lambda r: (order.index(r["row"]), -r["bits"], r["draw"]))
-    head = (f"{Path(args.model).name}, group {args.group_size}, {args.samples} × {args.seqlen} calibration tokens, {args.draws} draws, "
+        for group, (name, fields), b in itertools.product(map(int, args.group_sizes.split(",")), chosen.items(), bits):
+            what = dict(zip(key, (name, b, group, zero["sym"], draw), strict=True))
+            if tuple(what.values()) in done:
+                continue
+            config = QuantizeConfig(bits=b, group_size=group, **zero, **fields)
+            results.append(what | measure(args.model, config, calibration, heldout))
+            with log.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
+            print({key: round(value, 5) if isinstance(value, float) else value for key, value in results[-1].items()}, flush=True)
+    head = (f"{Path(args.model).name}, {args.samples} × {args.seqlen} calibration tokens, mean ± half the range of the draws, "
             f"{heldout.count} × {args.seqlen} held-out tokens, original perplexity {results[0]['original_perplexity']:.3f}; "
             f"{datetime.date.today()}, {args.threads} thread of {platform.machine()}, torch {torch.__version__}.")  # fmt: skip
-    (args.out / "table.md").write_text(f"{head}\n\n{table(results, bits)}\n")
-    figure(results, bits, args.out / "figure.svg")
+    report(results, args.out, head)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,155 @@
+"""One run, from the texts to the evaluated checkpoint: the same steps in a Prefect flow and in the worker of a sweep.
+
+The checkpoint is published before it is evaluated: an evaluation that fails costs its numbers and never the checkpoint. Work
+that is finished is not done twice: then the record is told as it stands, and only what is missing is made up for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from gptq_core.calibration import Windows
+from gptq_core.checkpoint.card import rewrite as write_card
+from gptq_core.config import kernel_name
+from gptq_core.engine import Quantization
+from gptq_core.errors import GPTQError
+from tasks import record as records
+from tasks.allocate import allocate
+from tasks.config import RunConfig
+from tasks.data import prepare_dataset
+from tasks.evaluate import Progress, evaluate
+from tasks.prepare import open_quantization, stored_allocation
+from tasks.quantize import Handle, assemble, capture_calibration, quantize_block
+
+
+class Reporter(Protocol):
+    """Who is told how far a run is."""
+
+    def note(self, text: str) -> None: ...
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]: ...
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The Prefect tasks of a run; `plain()` are their functions, which ask no server."""
+
+    prepare_dataset: Callable[..., dict[str, Any]] = prepare_dataset
+    allocate: Callable[..., dict[str, Any]] = allocate
+    capture_calibration: Callable[..., dict[str, Any]] = capture_calibration
+    quantize_block: Callable[..., dict[str, Any]] = quantize_block
+    assemble: Callable[..., dict[str, Any]] = assemble
+    evaluate: Callable[..., dict[str, Any]] = evaluate
+
+    @classmethod
+    def plain(cls) -> Steps:
+        return cls(**{field.name: field.default.fn for field in fields(cls)})
+
+
+def compute(
+    config: RunConfig,
+    report: Reporter,
+    *,
+    steps: Steps = Steps(),  # noqa: B008 - frozen
+    advance: Callable[[float, str], None] = lambda percent, text: None,
+    data: dict[str, Any] | None = None,
+    original: str | None = None,
+) -> dict[str, Any]:
+    """Quantize and evaluate as `config` says; the run record, which also lies on disk.
+
+    advance: is told percent and what was done. data: what prepare_dataset returns, where that was done before. original: file of
+    the original's log-probabilities, as gptq_core.evaluation.store_original writes them; None: the original is run.
+    """
+    started = time.perf_counter()
+    if data is None:
+        with report.stage("prepare dataset"):
+            data = steps.prepare_dataset(config)
+    calibration = Windows.load(data["calibration"]["file"])
+    allocation = _allocate(config, calibration, data["calibration"]["file"], report, steps)
+    with open_quantization(config, calibration) as job:
+        record = _record(config, job.key, data, allocation)
+        record["unchanged"] = job.finished
+        if job.finished:
+            report.note(f"{config.out}: unchanged, nothing to do")
+        else:
+            record["blocks"] = _quantize(job, report, advance, steps)
+        with report.stage("assemble"):
+            record["assembly"] = steps.assemble(Handle(job))
+        if not job.finished:
+            record["stage_seconds"] = {"prepare": data["seconds"], **job.stage_seconds}
+            if allocation:
+                record["stage_seconds"]["allocate"] = allocation["seconds"]
+        records.write(config.out, record)
+        if record["evaluation"] is None:
+            advance(90, "evaluate")
+            _evaluate(config, record, report, steps, original)
+            write_card(config.out, record["evaluation"])
+    if record["seconds"] is None:
+        record |= {"seconds": time.perf_counter() - started, "finished_ms": int(time.time() * 1000),
+                   "peak_memory_bytes": records.peak_memory()}
+    records.write(config.out, record)
+    return record
+
+
+def _allocate(config: RunConfig, calibration: Windows, file: str, report: Reporter, steps: Steps) -> dict[str, Any] | None:
+    """The widths of the linears, as they were chosen before or chosen now; None where none are asked for."""
+    if config.quantization.allocate is None:
+        return None
+    stored = stored_allocation(config, calibration)
+    if stored:
+        return stored
+    with open_quantization(config, calibration) as job, report.stage("allocate bits", job.block_count) as advance:
+        # open only so that no other run writes there meanwhile
+        return steps.allocate(config, file, Progress(lambda done, total: advance(done)))
+
+
+def _quantize(
+    job: Quantization, report: Reporter, advance: Callable[[float, str], None], steps: Steps
+) -> list[dict[str, Any]]:
+    handle, blocks = Handle(job), []
+    advance(0, "capture_calibration")
+    with report.stage("capture calibration"):
+        steps.capture_calibration(handle)
+    with report.stage("quantize blocks", job.block_count) as tick:
+        for index in range(job.block_count):
+            block = steps.quantize_block(handle, index)
+            blocks.append(block)
+            worst = max((layer["relative_error"] or 0.0 for layer in block["layers"]), default=0.0)
+            text = (f"block {index + 1}/{job.block_count}: {len(block['layers'])} layers, worst relative error {worst:.4f}, "
+                    f"{block['seconds']:.1f} s{', from disk' if block['resumed'] else ''}")
+            tick(index + 1, text)
+            advance(90 * (index + 1) / job.block_count, text)
+    return blocks
+
+
+def _evaluate(config: RunConfig, record: dict[str, Any], report: Reporter, steps: Steps, original: str | None) -> None:
+    held_out = record["evaluation_data"]
+    try:
+        with report.stage("evaluate", held_out["windows"]) as tick:
+            record["evaluation"] = steps.evaluate(
+                str(config.out), held_out["file"], config.model.path, config.model.revision, config.model.device, config.evaluation.kl,
+                Progress(lambda done, total: tick(done)), config.quantization.backend, original)
+        record["stage_seconds"]["evaluate"] = record["evaluation"]["seconds"]
+    # what a device, a disk, a kernel or a model's own code ends with; the checkpoint stands, and the run tells it at its end
+    except (GPTQError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, MemoryError, ImportError) as error:
+        record["evaluation_error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _record(config: RunConfig, key: str, data: dict[str, Any], allocation: dict[str, Any] | None) -> dict[str, Any]:
+    """The stored record if it is of this very work and text, else a new one; it keeps what the work already told."""
+    stored = records.read(config.out)
+    same_work = stored is not None and stored.get("key") == key
+    if same_work and stored.get("evaluation") and stored["seconds"] is not None:
+        same_text = stored["evaluation"]["digest"] == data["evaluation"]["digest"]
+        same_runner = stored["evaluation"].get("backend", "torch") == (kernel_name(config.quantization.backend) or "torch")
+        if same_text and same_runner and (stored["evaluation"]["kl"] is not None) == config.evaluation.kl:
+            return stored
+    record = records.new(config, key)
+    if same_work:
+        record |= {"blocks": stored["blocks"], "stage_seconds": stored["stage_seconds"]}
+    return record | {"calibration_data": data["calibration"], "evaluation_data": data["evaluation"], "allocation": allocation}
