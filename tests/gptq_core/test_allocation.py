@@ -1,5 +1,6 @@
 """Widths under a budget: the choice against all choices, the losses against the engine's, the KL against the dense model's."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -17,6 +18,7 @@ from gptq_core.allocation import Screening, choose, knapsack, presumed, units_of
 from gptq_core.config import explain
 from gptq_core.errors import InputError
 from gptq_core.plan import plan
+from gptq_core.selection import bits_on_disk
 from gptq_core.source import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,8 +94,11 @@ def test_the_budget_is_kept_and_used(model, chosen, budget):
 
 def test_a_budget_in_gigabytes_is_the_size_on_disk(model, tmp_path):
     least, most = (plan(str(model), QuantizeConfig(**W | {"bits": bits})) for bits in (2, 8))
-    untouched = least.original_bytes - 2 * sum(layer.in_features * layer.out_features * 2 for layer in least.selection.layers.values())
-    budget = ((least.bytes + most.bytes) / 2 - untouched) / 1e9
+    smallest, largest = (
+        sum(bits_on_disk(dataclasses.asdict(layer) | {"bits": bits, "group_size": layer.config.group_size}) for layer in layers) / 8e9
+        for bits, layers in ((2, least.selection.layers.values()), (8, most.selection.layers.values()))
+    )
+    budget = (smallest + largest) / 2
     config = QuantizeConfig(**W, allocate={"bits": [2, 3, 4, 8], "budget_gb": budget})
     found = allocate(str(model), config, windows(), device="cpu")
     made = quantize(model, tmp_path / "out", found.apply(config))
@@ -104,7 +109,7 @@ def test_a_budget_in_gigabytes_is_the_size_on_disk(model, tmp_path):
     )
     assert 0.97 * budget * 1e9 < packed <= budget * 1e9
     assert made["bits_per_weight"] > found.bits_per_weight
-    for wrong in (0.9 * (least.bytes - untouched) / 1e9, 1.1 * (most.bytes - untouched) / 1e9):
+    for wrong in (0.9 * smallest, 1.1 * largest):
         config = QuantizeConfig(**W, allocate={"bits": [2, 3, 4, 8], "budget_gb": wrong})
         with pytest.raises(InputError, match=r"budget_gb = .* GB at 2 bits and .* GB at 8; give a size between"):
             allocate(str(model), config, windows(), device="cpu")

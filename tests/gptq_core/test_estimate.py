@@ -1,0 +1,202 @@
+"""What a plan foretells, held against what runs take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import quantize, save_model, windows
+
+from gptq_core import Quantization, QuantizeConfig, estimate, plan
+from gptq_core.errors import InputError
+from gptq_core.estimate import Rates, Texts
+from gptq_core.hessian import Hessian
+
+W4 = {"bits": 4, "group_size": 32}
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "dtype": "bfloat16",
+    "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def estimated(model, windows=64, seqlen=32, process_bytes=0, rates=False, device="cpu", **fields):
+    config = QuantizeConfig(**W4 | fields)
+    found = plan.plan(str(model), config)
+    texts = Texts(windows, seqlen, seqlen, 4)
+    return estimate.estimate(found, config, texts, device=device, process_bytes=process_bytes, rates=rates)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_model("llama", tmp_path_factory.mktemp("model"), hidden_size=128)
+
+
+@pytest.fixture(scope="module")
+def giant(tmp_path_factory):
+    """A folder with nothing but the config.json of Llama-3-70B's shape."""
+    folder = tmp_path_factory.mktemp("giant")
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    return folder
+
+
+# -- size -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"bits": 2, "group_size": -1, "lm_head": True}),
+        ("llama", {"bits": 3, "dynamic": {".*down": {"bits": 8}, r"-:model\.layers\.0\.self_attn": {}}}),
+        ("qwen2_tied_with_bias", {}),
+        ("opt", {}),
+        ("gemma3", {"group_size": 16}),
+    ],
+    ids=str,
+)
+def test_the_size_is_that_of_the_files(architecture, fields, tmp_path):
+    model, config = save_model(architecture, tmp_path / "model"), QuantizeConfig(**W4 | fields)
+    found = plan.plan(str(model), config)
+    made = quantize(model, tmp_path / "out", config)
+    assert found.bytes == pytest.approx(made["bytes"], rel=0.002)  # where a header's padding falls is not foretold
+    folder = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert found.bytes + found.other_bytes == pytest.approx(folder, rel=0.1)  # of so small a model reports are most of the folder
+
+
+def test_a_config_alone_gives_the_plan_that_its_weights_would(llama, tmp_path):
+    (tmp_path / "config.json").write_text((llama / "config.json").read_text())
+    config = QuantizeConfig(**W4)
+    whole, alone = plan.plan(str(llama), config), plan.plan(str(tmp_path), config)
+    assert (alone.bytes, alone.bits_per_weight, alone.verdicts) == (whole.bytes, whole.bits_per_weight, whole.verdicts)
+    assert alone.original_bytes == pytest.approx(whole.original_bytes, rel=0.01)
+    assert whole.notes == () and "config.json only" in alone.notes[0]
+
+
+def test_a_folder_of_pickles_is_no_config_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="pickle"):
+        plan.plan(str(tmp_path), QuantizeConfig(**W4))
+
+
+def test_the_shape_of_llama_3_70b(giant):
+    config = QuantizeConfig(bits=4, recipe="best")
+    found = plan.plan(str(giant), config)
+    assert len(found.selection.layers) == 560 and found.original_bytes == pytest.approx(141.1e9, rel=0.001)
+    assert found.bytes == pytest.approx(39.8e9, rel=0.01)
+    costs = estimate.estimate(found, config, Texts(128, 2048, 2048, 10), process_bytes=0)
+    # two models of 70.55e9 weights in float32, two streams of hidden states, and logits
+    streams = 2 * 128 * 2048 * 8192 * 4
+    assert costs.blocks == 80 and costs.stage_bytes["evaluation"] == pytest.approx(2 * 70.55e9 * 4 + streams, rel=0.02)
+
+
+def test_a_run_still_needs_weights(giant, tmp_path):
+    with pytest.raises(InputError, match="no \\*.safetensors"):
+        Quantization.open(str(giant), QuantizeConfig(bits=4), windows(), tmp_path / "out")
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------------
+
+REAL = """
+import resource, sys
+from pathlib import Path
+import torch
+from gptq_core import Quantization, QuantizeConfig, Windows, evaluate_pair
+from gptq_core.estimate import Texts, estimate
+from gptq_core.plan import plan
+
+model, out, recipe, windows, seqlen = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(1)
+config = QuantizeConfig(bits=4, group_size=32, recipe=recipe)
+tokens = torch.randint(0, 90, (windows, seqlen), generator=torch.Generator().manual_seed(0))
+import transformers.models.llama.modeling_llama
+resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+costs = estimate(plan(model, config), config, Texts(windows, seqlen, seqlen, 8), device="cpu", process_bytes=resident)
+with Quantization.open(model, config, Windows(tokens, "random", windows), out, device="cpu") as run:
+    for index in range(run.block_count):
+        run.quantize_block(index)
+    run.assemble()
+    evaluate_pair(model, str(out), Windows(tokens[:8], "random", 8), device="cpu")
+# not getrusage: its peak begins with that of the process which forked this one
+[peak] = [int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(costs.host_bytes, peak, resident)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("changes", "recipe", "windows"),
+    [
+        ({"hidden_size": 256, "intermediate_size": 512}, "tuned", 160),  # activations
+        ({"hidden_size": 128, "intermediate_size": 384}, "best", 160),  # two streams
+        ({"hidden_size": 768, "intermediate_size": 1536, "vocab_size": 8192}, "tuned", 8),  # Hessians, and both models
+    ],
+    ids=["activations", "two streams", "weights"],
+)
+def test_the_peak_is_that_of_a_run(changes, recipe, windows, tmp_path):
+    model = save_model("llama", tmp_path / "model", max_position_embeddings=256, **changes)
+    done = subprocess.run([sys.executable, "-c", REAL, str(model), str(tmp_path / "out"), recipe, str(windows), "256"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    foretold, real, resident = map(int, done.stdout.split())
+    assert real > 1.3 * resident, "the run is too small to tell"
+    assert foretold == pytest.approx(real, rel=0.2)
+
+
+def test_what_makes_memory_grow(llama):
+    def stage(name, **changes):
+        return estimated(llama, **changes).stage_bytes[name]
+
+    base = stage("walk")
+    assert stage("walk", windows=128) > 1.5 * base
+    assert stage("walk", recipe="best") > 1.5 * base
+    assert stage("walk", windows=2048, true_sequential=False) < stage("walk", windows=2048)  # one batch at a time on its way
+    assert "tuning" not in estimated(llama).stage_bytes and stage("tuning", recipe="max") > 0
+    assert stage("head", lm_head=True) > 0
+    assert stage("allocation", allocate={"bits": [3, 4], "budget_bpw": 3.5}) > base
+    assert stage("evaluation", windows=64) - stage("evaluation", windows=32) == 32 * 32 * 128 * 4  # the engine's hidden states
+
+
+def test_a_gpu_that_is_not_here(llama):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    found = estimated(llama, device="cuda", rates=True)
+    assert found.device_bytes > max(found.stage_bytes.values()) and found.seconds == {} and found.dtype == "float32"  # as it is stored
+    assert estimated(llama).device_bytes == 0
+
+
+# -- seconds --------------------------------------------------------------------------------------------------------------
+
+UNIT = Rates(product=1e9, elementwise=1e30, digest=1e6, column=0.0, weight=0.0)
+
+
+def test_seconds_are_operations_over_rates(llama, monkeypatch):
+    monkeypatch.setattr(estimate, "measure", lambda *_: UNIT)
+    once, twice = estimated(llama, rates=True).seconds, estimated(llama, windows=128, rates=True).seconds
+    assert twice["forward and hessian"] == pytest.approx(2 * once["forward and hessian"]) and twice["solve"] == once["solve"]
+    assert once["read"] == pytest.approx((llama / "model.safetensors").stat().st_size / 1e6)
+    # 2 blocks of q, o (128 × 64), k, v (128 × 32), gate, up, down (128 × 128) and two norms; attention on half of 32 tokens
+    weights = 2 * (2 * 128 * 64 + 2 * 128 * 32 + 3 * 128 * 128 + 2 * 128)
+    forward = 64 * 32 * (2 * weights + 2 * 32 * 128 * 2)
+    hessians = 2 * 2 * 64 * 32 * (3 * 128 * 128 + 64 * 64)
+    assert once["forward and hessian"] == pytest.approx((forward + hessians) / 1e9)
+    assert estimated(llama, recipe="best", rates=True).seconds["forward and hessian"] == pytest.approx(2 * (forward + hessians) / 1e9)
+
+
+def test_the_count_of_a_hessians_panels(monkeypatch, llama):
+    """The share of the square that is computed, counted in the products that are made."""
+    counted = []
+    monkeypatch.setattr("gptq_core.hessian._accumulate", lambda total, left, right: counted.append(total.numel()))
+    for n in (128, 512, 1024, 2816):
+        counted.clear()
+        Hessian(n, "cpu").add(torch.zeros(1, n))
+        config = QuantizeConfig(**W4)
+        costs = estimate._Costs(plan.plan(str(llama), config), config, Texts(1, 32, 32, 1), torch.device("cpu"), torch.float32)
+        assert costs._hessian(n) == pytest.approx(2 * 32 * sum(counted), rel=0.01)
+
+
+def test_rates_are_of_this_machine():
+    found = estimate.measure(QuantizeConfig(bits=4), torch.device("cpu"), torch.float32)
+    assert found.product > 1e8 and found.elementwise > 1e7 and found.digest > 1e6 and found.column + found.weight > 0
