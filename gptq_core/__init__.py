@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptq_core.evaluation import evaluate_pair
     from gptq_core.linear import QuantizedLinear, load_quantized
     from gptq_core.quantizer import GPTQQuantizer, load_quantized_model
+    from gptq_core.screening import Screened, screen
 
 _HOME = {
     "Allocation": "allocation",
@@ -26,6 +27,7 @@ _HOME = {
     "Quantization": "engine",
     "QuantizeConfig": "config",
     "QuantizedLinear": "linear",
+    "Screened": "screening",
     "Windows": "calibration",
     "allocate": "allocation",
     "calibration_windows": "calibration",
@@ -34,6 +36,7 @@ _HOME = {
     "inspect_checkpoint": "checkpoint.inspection",
     "load_quantized": "linear",
     "load_quantized_model": "quantizer",
+    "screen": "screening",
 }
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "Quantization",
     "QuantizeConfig",
     "QuantizedLinear",
+    "Screened",
     "Windows",
     "allocate",
     "calibration_windows",
@@ -51,6 +55,7 @@ __all__ = [
     "inspect_checkpoint",
     "load_quantized",
     "load_quantized_model",
+    "screen",
 ]
 
 

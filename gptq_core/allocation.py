@@ -21,8 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptq_core import architecture, solver, walk
+from gptq_core import solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.format import FUSED
 from gptq_core.config import QuantizeConfig
@@ -38,6 +37,7 @@ from gptq_core.engine import Quantization, content_key
 from gptq_core.errors import FactorizationError, InputError
 from gptq_core.factor import factorize
 from gptq_core.hessian import Hessian
+from gptq_core.screening import OriginalStream, quantized
 from gptq_core.selection import Selection, bits_on_disk
 
 PROBE_TOKENS = 4096
@@ -255,7 +255,7 @@ Probe = dict[nn.Linear, Tensor]
 """The linears of a unit and their dequantized weights at one width."""
 
 
-class Screening(Quantization):
+class Screening(OriginalStream):
     """The original stream through all blocks, and beside it others, in each of which one unit alone is quantized."""
 
     def screen(self, widths: list[int], progress: Progress) -> Screened:
@@ -277,25 +277,17 @@ class Screening(Quantization):
         return {bits: measured.get((unit, bits), rate * losses[bits]) for bits in self._widths}
 
     def _screen_block(self, index: int) -> None:
-        block, path = self.decoder.blocks[index], f"{self.decoder.prefix}.{index}"
-        tensors = self._read_block(index)
-        architecture.fill(block, path, tensors.__getitem__, self.device, self.dtype)
-        linears = architecture.linears_of(block)
-        wanted = {name: linears[name] for name in self.selection.in_block(index)}
         probes: dict[tuple[str, int], Probe] = {}
 
-        def solve(group: walk.InputGroup, hessian: Hessian, _shift: None) -> None:
-            probes.update(self._solve({f"{path}.{name}": wanted[name] for name in group.names}, hessian))
+        def solve(modules: dict[str, nn.Linear], hessian: Hessian) -> None:
+            probes.update(self._solve(modules, hessian))
 
         entering, call = self._hidden[0][: self._count], self._call(index).cut(self._count)
-        # the weights stay as they are, so one pass gives every Hessian of the original model and the next block's inputs
-        walk.walk(block, wanted, self._groups(index, block, wanted), self._hidden, self._calls[index], solve, true_sequential=True)
-        with torch.no_grad():
+        with self._passed(index, self.selection.in_block(index), solve) as block, torch.no_grad():
             self._streams = {probe: call(block, hidden) for probe, hidden in self._streams.items()}
             for probe, weights in probes.items():
-                with _quantized(weights):
+                with quantized(weights):
                     self._streams[probe] = call(block, entering)
-        architecture.empty(block)
 
     def _solve(self, modules: dict[str, nn.Linear], hessian: Hessian) -> dict[tuple[str, int], Probe]:
         """Note the losses of the units of an input group; their weights at the smallest widths."""
@@ -322,16 +314,11 @@ class Screening(Quantization):
 
     def _screen_head(self) -> dict[tuple[str, int], Probe]:
         """Fill what is not in a block, and screen the head where it takes part."""
-        model = self.decoder.model
-        tied = getattr(model, "all_tied_weights_keys", {})
-        inside = set(self.decoder.block_tensor_names())
-        architecture.fill(model, "", lambda name: self._read(tied.get(name, name)), self.device, self.dtype, skip=inside)
+        self._fill_outside()
         if not self._head:
             return {}
-        head = model.get_output_embeddings()
-        hessian = Hessian(head.in_features, self.device)
-        walk.finish(model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
-        return self._solve({self._head: head}, hessian)
+        head = self.decoder.model.get_output_embeddings()
+        return self._solve({self._head: head}, self._head_hessian(head))
 
     def _divergences(self, head: dict[tuple[str, int], Probe]) -> dict[tuple[str, int], float]:
         """KL(original || stream) a token of every stream, and of the original one with the head quantized."""
@@ -342,7 +329,7 @@ class Screening(Quantization):
             for probe, hidden in self._streams.items():
                 total[probe] += _divergence(original, self._log_probabilities(here, hidden))
             for probe, weights in head.items():
-                with _quantized(weights):
+                with quantized(weights):
                     total[probe] += _divergence(original, self._log_probabilities(here, self._hidden[0]))
         positions = self._count * (self.windows.seqlen - 1)
         return {probe: max(0.0, value) / positions for probe, value in total.items()}
@@ -350,19 +337,6 @@ class Screening(Quantization):
     def _log_probabilities(self, here: slice, hidden: Tensor) -> Tensor:
         logits = walk.logits(self.decoder.model, self.decoder.blocks, self._batches[0][here], hidden[here], self._as_tuple)
         return torch.log_softmax(logits[:, :-1].flatten(0, 1).float(), -1)
-
-
-@contextmanager
-def _quantized(weights: Probe) -> Iterator[None]:
-    """These weights instead of the linears' own."""
-    originals = {linear: linear.weight.data for linear in weights}
-    for linear, weight in weights.items():
-        linear.weight.data = weight
-    try:
-        yield
-    finally:
-        for linear, weight in originals.items():
-            linear.weight.data = weight
 
 
 def _divergence(original: Tensor, other: Tensor) -> float:

@@ -31,6 +31,34 @@ LOGITS_AT_ONCE = 2**22
 Progress = Callable[[int, int], None]
 
 
+class Comparison:
+    """Sums over the positions of a text, for the figures of an original model and one quantized from it."""
+
+    def __init__(self, kl: bool = True) -> None:
+        self._kl = kl
+        self._nll, self._divergence, self._agreed, self._count = [0.0, 0.0], 0.0, 0, 0
+
+    def add(self, original: Tensor, quantized: Tensor, batch: Tensor) -> None:
+        """Add some windows: (positions, vocabulary) log-probabilities of both models, and the windows' token ids."""
+        targets = batch[:, 1:].flatten()
+        for index, log_probabilities in enumerate((original, quantized)):
+            self._nll[index] -= log_probabilities.gather(-1, targets[:, None]).double().sum().item()
+        if self._kl:
+            self._divergence += (original.exp() * (original - quantized)).sum(-1).double().sum().item()
+            self._agreed += int((original.argmax(-1) == quantized.argmax(-1)).sum())
+        self._count += targets.numel()
+
+    def figures(self) -> dict[str, Any]:
+        """Perplexities; KL(original ‖ quantized) per token and top-1 agreement, both None without `kl`; and the tokens judged."""
+        return {
+            "original_perplexity": math.exp(self._nll[0] / self._count),
+            "quantized_perplexity": math.exp(self._nll[1] / self._count),
+            "kl": self._divergence / self._count if self._kl else None,
+            "top1_agreement": self._agreed / self._count if self._kl else None,
+            "tokens": self._count,
+        }
+
+
 def load_for_evaluation(path: str, device: str = "auto", revision: str | None = None, backend: str | None = None) -> PreTrainedModel:
     """A dense model or a quantized checkpoint, ready to run: float32 on the CPU, the model's own dtype on a GPU.
 
@@ -85,24 +113,10 @@ def evaluate_pair(
     """
     model = load_for_evaluation(checkpoint, device, backend=backend)
     originals = _originals(original_path, windows, device, revision) if stored is None else _stored(Path(stored), windows)
-    nll, divergence, agreed, count = [0.0, 0.0], 0.0, 0, 0
+    comparison = Comparison(kl)
     for batch, answer in zip(_batches(windows, model, progress), originals, strict=True):
-        targets = batch[:, 1:].flatten()
-        original, quantized = answer.to(batch.device), _log_probabilities(model, batch)
-        for index, log_probabilities in enumerate((original, quantized)):
-            nll[index] -= log_probabilities.gather(-1, targets[:, None]).double().sum().item()
-        if kl:
-            divergence += (original.exp() * (original - quantized)).sum(-1).double().sum().item()
-            agreed += int((original.argmax(-1) == quantized.argmax(-1)).sum())
-        count += targets.numel()
-    return {
-        "original_perplexity": math.exp(nll[0] / count),
-        "quantized_perplexity": math.exp(nll[1] / count),
-        "kl": divergence / count if kl else None,
-        "top1_agreement": agreed / count if kl else None,
-        "tokens": count,
-        "windows": windows.count,
-    }
+        comparison.add(answer.to(batch.device), _log_probabilities(model, batch), batch)
+    return comparison.figures() | {"windows": windows.count}
 
 
 def original_bytes(model_path: str, windows: Windows, revision: str | None = None) -> int:
@@ -140,19 +154,20 @@ def _stored(path: Path, windows: Windows) -> Iterator[Tensor]:
     if kept.shape[:2] != (windows.count, windows.seqlen - 1):
         raise InputError(f"{path} holds {kept.shape[0]} × {kept.shape[1]} positions (must be {windows.count} × {windows.seqlen - 1}, "
                          "those of the windows): remove it")  # fmt: skip
-    size = _windows_at_once(kept.shape[2], windows)
+    size = windows_at_once(kept.shape[2], windows)
     for first in range(0, windows.count, size):
         yield torch.from_numpy(np.array(kept[first : first + size])).flatten(0, 1)
 
 
-def _windows_at_once(vocabulary: int, windows: Windows) -> int:
+def windows_at_once(vocabulary: int, windows: Windows) -> int:
+    """Windows whose logits are computed in one forward."""
     return max(1, LOGITS_AT_ONCE // (vocabulary * windows.seqlen))
 
 
 def _batches(windows: Windows, model: PreTrainedModel, progress: Progress | None) -> Iterator[Tensor]:
     device, done = next(model.parameters()).device, 0
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    for batch in windows.tokens.split(_windows_at_once(vocabulary, windows)):
+    for batch in windows.tokens.split(windows_at_once(vocabulary, windows)):
         yield batch.to(device)
         done += batch.shape[0]
         if progress:
@@ -161,5 +176,10 @@ def _batches(windows: Windows, model: PreTrainedModel, progress: Progress | None
 
 @torch.no_grad()
 def _log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """(positions, vocabulary) in float32: the model's own logits, so that scaling and capping of any kind are in them."""
-    return torch.log_softmax(model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).float(), -1)
+    """The model's own logits, so that scaling and capping of any kind are in them."""
+    return log_probabilities(model(input_ids=batch, use_cache=False).logits)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """(positions, vocabulary) in float32, of logits (windows, tokens, vocabulary) but each window's last, which has no target."""
+    return torch.log_softmax(logits[:, :-1].flatten(0, 1).float(), -1)

@@ -13,10 +13,12 @@ from torch import Tensor
 from gptq_core import solver
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
-from gptq_core.factor import damping, factorize
+from gptq_core.factor import Factor, damping, factorize
 from gptq_core.hessian import Hessian, Shift
 
 Timed = Callable[[str], AbstractContextManager[None]]
+Factorize = Callable[[Tensor, QuantizeConfig, str, int], Factor]
+"""`factor.factorize`, or what keeps its results for others that solve on the same Hessian."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Member:
 
 
 def solve_group(
-    members: list[Member], hessian: Hessian, shift: Shift | None, timed: Timed
+    members: list[Member], hessian: Hessian, shift: Shift | None, timed: Timed, factorize: Factorize = factorize
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
     """(name, solution, report) of every member. `timed` measures the stages factor, shift and sweep.
 
@@ -46,11 +48,11 @@ def solve_group(
         same = next((part for part in alike if part[0].config == member.config), None)
         same.append(member) if same else alike.append([member])
     for part in alike:
-        yield from _solve_alike(part, mean, shift, hessian.tokens, timed)
+        yield from _solve_alike(part, mean, shift, hessian.tokens, timed, factorize)
 
 
 def _solve_alike(
-    members: list[Member], hessian: Tensor, shift: Shift | None, tokens: int, timed: Timed
+    members: list[Member], hessian: Tensor, shift: Shift | None, tokens: int, timed: Timed, factorize: Factorize
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
     config = members[0].config
     weights = torch.cat([member.weight.float() for member in members])  # (out of all members, in)
