@@ -1,0 +1,75 @@
+"""Runs whose process was killed are told so by the next run on the same machine.
+
+Prefect learns how a run ended from the run itself or from the worker that started it. Where both were killed (kill -9, out of memory,
+power), or where the run was one by hand, it would stay Running for ever. So each run notes in its labels which process it is, and
+looks for those of this machine whose process is gone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import uuid
+from pathlib import Path
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Cancelled, Crashed
+
+MACHINE, BOOT, SPACE, PROCESS = "gptq.machine", "gptq.boot", "gptq.process_space", "gptq.process"
+PROC = Path("/proc")
+GRACE = datetime.timedelta(minutes=1)
+"""A run that is being cancelled is its worker's for so long."""
+UNDER_WAY = [StateType.RUNNING, StateType.CANCELLING]
+
+
+def mark_dead_runs(_flow: Any, flow_run: FlowRun, _state: Any) -> None:
+    """A Prefect hook for `on_running`: note which process this run is, and mark the dead runs of this machine."""
+    if (PROC / "self").exists():
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(flow_run.id, labels(os.getpid()))
+            mark(client)
+
+
+def mark(client: SyncPrefectClient) -> list[FlowRun]:
+    """Mark the runs of this machine whose process is gone as Crashed, or as Cancelled where that was asked for; those marked."""
+    here, now = labels(os.getpid()), datetime.datetime.now(datetime.UTC)
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"type": {"any_": UNDER_WAY}}), sort=FlowRunSort.START_TIME_DESC)
+    dead = [run for run in found if is_dead(run.labels, here) and (run.state.is_running() or run.state.timestamp < now - GRACE)]
+    for run in dead:
+        state = Crashed if run.state.is_running() else Cancelled
+        told = state(message=f"its process {run.labels[PROCESS].split()[0]} was killed; noticed by a later run on this machine")
+        client.set_flow_run_state(run.id, told, force=True)
+        for task in client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}),
+                                          task_run_filter=TaskRunFilter(state={"type": {"any_": [StateType.RUNNING]}})):
+            client.set_task_run_state(task.id, state(message=told.message), force=True)
+    return dead
+
+
+def labels(pid: int) -> dict[str, str]:
+    """What names a process of this machine for good: its number comes again, its number and start together do not."""
+    return {MACHINE: f"{platform.node()} {uuid.getnode():012x}", BOOT: (PROC / "sys/kernel/random/boot_id").read_text().strip(),
+            SPACE: os.readlink(PROC / "self/ns/pid"), PROCESS: f"{pid} {_start(pid)}"}
+
+
+def is_dead(theirs: dict[str, Any], here: dict[str, str]) -> bool:
+    """Whether the process that `theirs` name is gone; False where this machine cannot know it."""
+    if theirs.get(MACHINE) != here[MACHINE]:
+        return False
+    if theirs[BOOT] != here[BOOT]:
+        return True
+    pid, _, start = theirs[PROCESS].partition(" ")
+    return theirs[SPACE] == here[SPACE] and _start(int(pid)) != start
+
+
+def _start(pid: int) -> str:
+    """Clock ticks from the boot to the start of a process; empty where it is gone."""
+    try:
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]  # state and starttime, proc_pid_stat(5)
