@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from gptq_core.config import QuantizeConfig, Schema, explain
 from gptq_core.errors import InputError
+from tasks.settings import FORMS, is_reference, resolve
 
 Positive = Annotated[int, Field(gt=0)]
 Judged = Annotated[int, Field(ge=2)]
@@ -59,6 +61,11 @@ class EvaluationConfig(Schema):
     samples: Positive | None = None
     """At most this many windows; null: all of the text."""
 
+    @property
+    def has_tasks(self) -> bool:
+        """Whether tasks are run, so that there is a recovery to set a limit on. No kind of task is known yet."""
+        return False
+
 
 class OutputConfig(Schema):
     dir: str | None = None
@@ -82,9 +89,14 @@ class OutputConfig(Schema):
         return value
 
 
+STORE = re.compile(r"sqlite:///.|https?://.|(postgresql|mysql|mssql)(\+\w+)?://.")
+STORES = "sqlite:///FILE.db, http(s)://HOST:PORT, or postgresql://, mysql:// or mssql:// (also as DIALECT+DRIVER://)"
+
+
 class TrackingConfig(Schema):
     uri: Annotated[str, Field(min_length=1)] = "sqlite:///mlflow.db"
-    """MLflow tracking URI: sqlite:///FILE.db or http(s)://HOST:PORT; postgresql://, mysql:// and mssql:// need their drivers."""
+    """MLflow tracking URI: sqlite:///FILE.db or http(s)://HOST:PORT; postgresql://, mysql:// and mssql:// need their drivers.
+    One with a password: env:NAME or block:NAME, see tasks.settings."""
     experiment: Annotated[str, Field(min_length=1)] = "gptq"
     """MLflow experiment; made where it does not exist."""
 
@@ -92,14 +104,94 @@ class TrackingConfig(Schema):
     @classmethod
     def _known_store(cls, value: str) -> str:
         # now, not after hours: MLflow would look at it at the end of the run
-        if not re.match(r"sqlite:///.|https?://.|(postgresql|mysql|mssql)(\+\w+)?://.", value):
-            raise ValueError("must be sqlite:///FILE.db, http(s)://HOST:PORT, or postgresql://, mysql:// or mssql:// (also as DIALECT+DRIVER://)")
+        if not STORE.match(value) and not is_reference(value):
+            raise ValueError(f"must be {STORES}, or {FORMS} that holds it")
         return value
+
+    @property
+    def address(self) -> str:
+        """The URI itself, where `uri` only tells where it stands. InputError: nothing stands there."""
+        found = resolve(self.uri)
+        if not STORE.match(found):
+            raise InputError(f"tracking.uri = {self.uri}: what stands there must be {STORES}")
+        return found
 
     @field_serializer("uri")
     def _without_password(self, value: str) -> str:
         # dumps go into the run record, MLflow's parameters and Prefect's pages; only the object itself is used to connect
         return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)
+
+
+LIMITS = ("max_perplexity_increase", "max_kl", "min_recovery", "max_gb", "max_fallback_layers")
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class GateConfig(Schema):
+    """Limits on a run; one that is null is not set. A run outside them keeps its checkpoint, exits 1 and is not registered."""
+
+    max_perplexity_increase: Share | None = None
+    """Quantized over original perplexity, minus one: 0.05 is five percent more."""
+    max_kl: Above | None = None
+    """KL(original || quantized) per token in nats."""
+    min_recovery: Share | None = None
+    """Task score, quantized over original; 1 is no loss."""
+    max_gb: Above | None = None
+    """Size of the checkpoint's tensor files in GB (1e9 bytes)."""
+    max_fallback_layers: Annotated[int, Field(ge=0)] | None = None
+    """Linears that were rounded to nearest (quantization.on_failure: round) or left dense (quantization.strict: false)."""
+    measure: Literal["kl", "perplexity_increase"] = "kl"
+    """What a registered version has to be lower in than the one that holds the alias."""
+    alias: Annotated[str, Field(pattern=r"^[\w-]+$")] = "champion"
+    """Alias in MLflow's registry; it moves to a version that passed and is better."""
+    register_as: Annotated[str, Field(pattern=r"^[\w.-][\w. -]*$")] | None = None
+    """Name in MLflow's model registry under which what passes becomes a version; null: nothing is registered."""
+
+    @field_validator("alias")
+    @classmethod
+    def _no_version(cls, value: str) -> str:
+        if re.fullmatch(r"latest|v\d+", value, re.IGNORECASE):
+            raise ValueError("is MLflow's own word for a version: choose another, such as champion")
+        return value
+
+    @model_validator(mode="after")
+    def _has_limit(self) -> GateConfig:
+        if all(getattr(self, name) is None for name in LIMITS):
+            raise ValueError(f"no limit is set: set one of {', '.join(LIMITS)}, or leave the gate out")
+        return self
+
+
+class NotifyConfig(Schema):
+    """Who is told what came of a run, as JSON. A hook that fails costs a note and never the run."""
+
+    command: Annotated[str, Field(min_length=1)] | None = None
+    """Run by the shell, with the JSON on its stdin. Secrets as $NAME, which the shell takes from the environment."""
+    webhook: str | None = None
+    """http(s) URL that gets the JSON by POST. One that holds a secret: env:NAME or block:NAME, see tasks.settings."""
+    when: Annotated[list[Literal["passed", "failed", "done"]], Field(min_length=1)] = ["done"]
+    """passed: the gate was passed; failed: the gate or the evaluation failed; done: at the end of every run with a checkpoint."""
+    seconds: Above = 30.0
+    """A hook that takes longer is given up."""
+
+    @model_validator(mode="after")
+    def _is_open(self) -> NotifyConfig:
+        # here and not at the field: the message of a field would show its value
+        if self.command is None and self.webhook is None:
+            raise ValueError("nobody is told: set command or webhook, or leave notify out")
+        if self.webhook is not None and not is_reference(self.webhook):
+            url = urlsplit(self.webhook)
+            if url.scheme not in ("http", "https") or not url.hostname:
+                raise ValueError(f"webhook must be http(s)://HOST/..., or {FORMS} that holds the URL")
+            if _holds_secret(url):
+                raise ValueError(f"webhook looks as if it held a secret, and a config is no place for one: give {FORMS} that holds the URL")
+        return self
+
+
+def _holds_secret(url: Any) -> bool:
+    """A user, a query that names a token, or a part of the path as long as the keys of chat services."""
+    named = any(re.search("token|key|secret|sig|pass|auth|code", name, re.IGNORECASE) for name, _ in parse_qsl(url.query, True))
+    keys = re.findall(r"(?=[^/]*\d)(?=[^/]*[A-Za-z])[\w-]{20,}", url.path)
+    return "@" in url.netloc or named or bool(keys)
 
 
 class RunConfig(Schema):
@@ -109,6 +201,20 @@ class RunConfig(Schema):
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
     tracking: TrackingConfig = TrackingConfig()
+    gate: GateConfig | None = None
+    notify: NotifyConfig | None = None
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> RunConfig:
+        gate = self.gate
+        if gate and not self.evaluation.kl and (gate.max_kl is not None or gate.measure == "kl"):
+            key = f"max_kl = {gate.max_kl:g}" if gate.max_kl is not None else "measure = 'kl'"
+            raise ValueError(f"gate.{key} needs the KL: set evaluation.kl: true, or use max_perplexity_increase and "
+                             "measure: perplexity_increase")
+        if gate and gate.min_recovery is not None and not self.evaluation.has_tasks:
+            raise ValueError(f"gate.min_recovery = {gate.min_recovery:g} needs the scores of tasks, and this version evaluates none: "
+                             "leave it out; max_kl and max_perplexity_increase are measured")
+        return self
 
     @model_validator(mode="after")
     def _has_text(self) -> RunConfig:
@@ -137,9 +243,14 @@ class RunConfig(Schema):
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys to values, for tables and MLflow parameters. Text given in place is only counted."""
-        rows = {f"{room}.{key}": value for room, values in self.model_dump(mode="json").items() for key, value in values.items()}
+        rooms = {room: values for room, values in self.model_dump(mode="json").items() if values is not None}
+        rows = {f"{room}.{key}": value for room, values in rooms.items() for key, value in values.items()}
         rows["output.dir"] = str(self.out)
         return {key: f"{len(value)} given in the config" if isinstance(value, list) else value for key, value in rows.items()}
+
+
+OPTIONAL = tuple(room for room, field in RunConfig.model_fields.items() if field.default is None)
+"""Sections that may be absent, `gate` and `notify`; the others have defaults or are required."""
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -155,15 +266,15 @@ def parse_setting(setting: str) -> tuple[str, Any]:
 
 def from_dict(data: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:
     """A RunConfig from nested keys, with dotted `overrides` on top. Everything wrong is one InputError of one line."""
-    # an empty section (`evaluation:` with all its keys commented out) means its defaults
-    data = {room: {} if values is None else values for room, values in data.items()}
+    # an empty section (`evaluation:` with all its keys commented out) means its defaults, and no gate or hooks at all
+    data = {room: {} if values is None and room not in OPTIONAL else values for room, values in data.items()}
     for room in ("model", "quantization"):
         data.setdefault(room, {})
     for dotted, value in (overrides or {}).items():
         room, _, key = dotted.partition(".")
         if not key or "." in key:
             raise InputError(f"{dotted}: a key is written section.key, such as quantization.bits or model.path")
-        section = data.get(room, {})
+        section = {} if data.get(room) is None else data[room]
         if not isinstance(section, dict):
             raise InputError(f"{room} = {section!r}: must be a section with keys of its own")
         data[room] = {**section, key: value}
@@ -175,6 +286,11 @@ def from_dict(data: dict[str, Any], overrides: dict[str, Any] | None = None) -> 
 
 def load(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """A RunConfig from a YAML file, with dotted `overrides` on top."""
+    return from_dict(load_yaml(path), overrides)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file. InputError: it cannot be read, or holds something else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -186,7 +302,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig
         raise InputError(f"config file {path} is not valid YAML ({_where(error)})") from error
     if not isinstance(data, dict):
         raise InputError(f"config file {path} must hold sections such as model: and quantization:")
-    return from_dict({str(key): value for key, value in data.items()}, overrides)
+    return {str(key): value for key, value in data.items()}
 
 
 def _where(error: yaml.YAMLError) -> str:

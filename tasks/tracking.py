@@ -1,4 +1,4 @@
-"""A run in MLflow. The only importer of mlflow, and never a reason for a run to fail: the local record comes first.
+"""A run in MLflow, which only this module and tasks.registry import; never a reason for a run to fail: the local record comes first.
 
 Logging is synchronous and may be repeated: the run is found again by the id of its record, a run that was logged completely
 is left alone, and every metric carries the time of the record, so that writing it twice is writing it once.
@@ -10,17 +10,21 @@ import json
 import os
 import re
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from gptq_core.errors import InputError
 from tasks import record as records
 from tasks.config import RunConfig
-from tasks.figures import relative_errors, short_name
+from tasks.figures import front, relative_errors, short_name
+from tasks.gate import failed, measured
 
-TAG = "gptq.run"
+TAG, SWEEP_TAG = "gptq.run", "gptq.sweep_id"
 EVALUATED = ("original_perplexity", "quantized_perplexity", "kl", "top1_agreement")
 
 
@@ -35,6 +39,17 @@ def log(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
 
 def log_to_mlflow(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
     """Log `record`; a server or file that does not answer ends in `error`, one line, and no exception."""
+    return guarded(config, lambda: _log(config, record))
+
+
+def guarded(config: RunConfig, log: Callable[[], str]) -> dict[str, Any]:
+    """{"run_id": what `log` returns, "uri", "experiment", "error": one line where the store did not take it, else None}."""
+    run_id, error = attempt(log)
+    return {"run_id": run_id, "uri": config.flat()["tracking.uri"], "experiment": config.tracking.experiment, "error": error}
+
+
+def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `call` returns, or None and what MLflow or its store ended with, in one line."""
     # a server that is away would hold the run for four minutes with MLflow's defaults, five seconds with these
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -42,27 +57,28 @@ def log_to_mlflow(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    outcome = {"run_id": None, "uri": config.flat()["tracking.uri"], "experiment": config.tracking.experiment, "error": None}
     try:
-        outcome["run_id"] = _log(config, record)
-    # requests' errors are OSErrors; a database whose driver is not installed is an ImportError, one of a newer MLflow a CommandError
-    except (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError) as error:
-        outcome["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return outcome
+        return call(), None
+    # requests' errors are OSErrors; a database whose driver is not installed is an ImportError, one of a newer MLflow a CommandError,
+    # and a setting that stands nowhere an InputError
+    except (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError, InputError) as error:
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _log(config: RunConfig, record: dict[str, Any]) -> str:
     from mlflow import MlflowClient
     from mlflow.entities import Param, RunTag
 
-    client = MlflowClient(tracking_uri=config.tracking.uri)
+    client = MlflowClient(tracking_uri=config.tracking.address)
     experiment = _experiment(client, config)
     found = client.search_runs([experiment], f"tags.`{TAG}` = '{record['id']}'", max_results=1)
     if found and found[0].info.status == "FINISHED":
+        _mark(client, found[0], record)
         return found[0].info.run_id
     run = found[0] if found else client.create_run(experiment, tags={TAG: record["id"]}, run_name=config.out.name)
     run_id = run.info.run_id
-    tags = {"gptq.key": record["key"], "gptq.checkpoint": str(config.out), "prefect.flow_run_id": record["prefect_flow_run_id"] or ""}
+    tags = {"gptq.key": record["key"], "gptq.checkpoint": str(config.out), "prefect.flow_run_id": record["prefect_flow_run_id"] or "",
+            **record.get("tags", {}), **gate_tags(record)}  # fmt: skip
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in config.flat().items()],
                      tags=[RunTag(key, value) for key, value in tags.items()])
     rows = metrics(record)
@@ -74,10 +90,73 @@ def _log(config: RunConfig, record: dict[str, Any]) -> str:
     return run_id
 
 
+def gate_tags(record: dict[str, Any]) -> dict[str, str]:
+    """The gate's verdict, and the limits that were not kept."""
+    verdict = record.get("gate")
+    return {"gptq.gate": "passed" if verdict["passed"] else "failed", "gptq.gate.failed": failed(verdict) or ""} if verdict else {}
+
+
+def _mark(client: Any, run: Any, record: dict[str, Any]) -> None:
+    """Finished work may have been judged anew, or by no gate any more."""
+    told = {"gptq.gate": "", "gptq.gate.failed": ""} | gate_tags(record)
+    for key, value in told.items():
+        if run.data.tags.get(key, "") != value:
+            client.set_tag(run.info.run_id, key, value)
+
+
+# -- sweeps ---------------------------------------------------------------------------------------------------------------
+
+
+def open_sweep(config: RunConfig, sweep: str, name: str) -> dict[str, Any]:
+    """The parent run of the sweep with this id, found or made before any cell is computed: so the store is migrated once."""
+    return guarded(config, lambda: _sweep_run(_client(config), config, sweep, name))
+
+
+def log_sweep(config: RunConfig, found: dict[str, Any], parent: str) -> dict[str, Any]:
+    """What came of a sweep, into its parent run: counts, the choice, sweep.json and the figure of the front."""
+    return guarded(config, lambda: _log_sweep(_client(config), found, parent))
+
+
+def _client(config: RunConfig) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=config.tracking.address)
+
+
+def _sweep_run(client: Any, config: RunConfig, sweep: str, name: str) -> str:
+    experiment = _experiment(client, config)
+    found = client.search_runs([experiment], f"tags.`{SWEEP_TAG}` = '{sweep}'", max_results=1)
+    return (found[0] if found else client.create_run(experiment, tags={SWEEP_TAG: sweep}, run_name=name)).info.run_id
+
+
+def _log_sweep(client: Any, found: dict[str, Any], parent: str) -> str:
+    from mlflow.entities import Metric, RunTag
+
+    choice, cells = found["recommended"], found["cells"]
+    tags = {"gptq.mode": found["mode"], "gptq.recommended": choice["name"] or "", "gptq.rule": choice["rule"],
+            "gptq.folder": found["folder"]}  # fmt: skip
+    numbers = {"cells": len(cells), "cells/failed": sum(row["status"] != "done" for row in cells), "seconds/total": found["seconds"]}
+    best = next((row for row in cells if row["name"] == choice["name"]), {})
+    numbers |= {f"recommended/{key}": best.get(key) for key in ("perplexity", "kl", "bytes", "bits_per_weight")}
+    now = int(time.time() * 1000)
+    client.log_batch(parent, tags=[RunTag(key, value) for key, value in tags.items()],
+                     metrics=[Metric(key, float(value), now, 0) for key, value in numbers.items() if value is not None])
+    client.log_dict(parent, found, "sweep.json")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "front.png"
+        front(found).savefig(path, dpi=120)
+        client.log_artifact(parent, str(path))
+    client.set_terminated(parent, "FINISHED" if all(row["status"] == "done" for row in cells) else "FAILED")
+    return parent
+
+
+# -- one run --------------------------------------------------------------------------------------------------------------
+
+
 def _experiment(client: Any, config: RunConfig) -> str:
     from mlflow.exceptions import MlflowException
 
-    name, uri = config.tracking.experiment, config.tracking.uri
+    name, uri = config.tracking.experiment, config.tracking.address
     known = client.get_experiment_by_name(name)
     if known is None:
         # MLflow would put artifacts under the working directory, wherever the database is
@@ -98,6 +177,7 @@ def metrics(record: dict[str, Any]) -> list[Any]:
     time_ms = record["finished_ms"]
     single = {key: (record["evaluation"] or {}).get(key) for key in EVALUATED}
     single |= {key: record["assembly"].get(key) for key in ("bytes", "original_bytes", "bits_per_weight", "quantized_layers")}
+    single |= {key: value for key, value in measured(record).items() if key in ("perplexity_increase", "recovery", "fallback_layers")}
     single["predicted_kl"] = (record.get("allocation") or {}).get("predicted_kl")
     single |= {f"seconds/{safe(stage)}": seconds for stage, seconds in record["stage_seconds"].items()}
     single |= {f"peak_memory_bytes/{kind}": size for kind, size in (record["peak_memory_bytes"] or {}).items()}

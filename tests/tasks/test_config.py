@@ -1,4 +1,6 @@
 import re
+from types import NoneType
+from typing import get_args
 
 import pytest
 import yaml
@@ -25,7 +27,15 @@ def test_the_documented_config_names_every_key_with_its_default(request):
     text = (request.config.rootpath / "configs" / "quantize.yaml").read_text()
     live, data = yaml.safe_load(text), yaml.safe_load(re.sub(r"(?m)^  # (?=[a-z_]+: )", "  ", text))
     for room, field in RunConfig.model_fields.items():
-        assert sorted(data[room]) == sorted(field.annotation.model_fields), room
+        schema = next(kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and kind is not NoneType)
+        assert sorted(data[room]) == sorted(schema.model_fields), room
+        optional = field.default is None
+        assert (live[room] is None) == optional, "a gate and hooks are only shown"
+        if optional:  # what is shown are examples; what has a default is shown with it
+            shown = getattr(from_dict(LEAST, {f"{room}.{key}": value for key, value in data[room].items()}), room)
+            defaults = {key: known.default for key, known in schema.model_fields.items() if known.default is not None}
+            assert {key: getattr(shown, key) for key in defaults} == defaults
+            del data[room]
     # what is said in a file wins over its recipe, so what recipes set is only said in comments
     assert data["quantization"].keys() - live["quantization"].keys() == {"act_group_aware"}.union(*RECIPES.values())
     assert all(live[room] == data[room] for room in data if room != "quantization")
@@ -125,6 +135,27 @@ def test_flat_holds_every_key_and_only_counts_texts():
     ({"tracking.uri": "foo://bar"}, "postgresql://"),
     ({"tracking.uri": "sqlite://"}, "tracking.uri"),
     ({"tracking.uri": "file:///tmp/mlruns"}, "tracking.uri"),
+    ({"gate.max_kl": 0}, "gate.max_kl = 0"),
+    ({"gate.max_kl": float("inf")}, "gate.max_kl = inf"),
+    ({"gate.max_perplexity_increase": -0.1}, "gate.max_perplexity_increase = -0.1"),
+    ({"gate.max_gb": 0}, "gate.max_gb = 0"),
+    ({"gate.max_fallback_layers": -1}, "gate.max_fallback_layers = -1"),
+    ({"gate.alias": "champion"}, "gate: no limit is set: set one of max_perplexity_increase, max_kl"),
+    ({"gate.max_lk": 1}, "did you mean 'max_kl'"),
+    ({"gate.max_gb": 1, "gate.measure": "perplexity"}, "gate.measure = 'perplexity'"),
+    ({"gate.max_gb": 1, "gate.alias": "v3"}, "gate.alias = 'v3': is MLflow's own word"),
+    ({"gate.max_gb": 1, "gate.alias": "a b"}, "gate.alias = 'a b'"),
+    ({"gate.max_gb": 1, "gate.register_as": "a/b"}, "gate.register_as = 'a/b'"),
+    ({"gate.max_kl": 1, "evaluation.kl": False}, "gate.max_kl = 1 needs the KL: set evaluation.kl: true"),
+    ({"gate.max_gb": 1, "evaluation.kl": False}, "gate.measure = 'kl' needs the KL"),
+    ({"gate.min_recovery": 0.9}, "gate.min_recovery = 0.9 needs the scores of tasks"),
+    ({"notify.seconds": 3}, "notify: nobody is told: set command or webhook"),
+    ({"notify.webhook": "hooks.example/x"}, "notify: webhook must be http(s)://HOST/..., or env:NAME"),
+    ({"notify.webhook": "env:1x"}, "notify: webhook must be"),
+    ({"notify.command": "true", "notify.when": []}, "notify.when = []"),
+    ({"notify.command": "true", "notify.when": ["always"]}, "notify.when"),
+    ({"notify.command": "true", "notify.seconds": 0}, "notify.seconds = 0"),
+    ({"notify.command": ""}, "notify.command = ''"),
     ({"bits": 4}, "section.key"),
     ({"model.path.x": 4}, "section.key"),
 ])  # fmt: skip
@@ -157,3 +188,39 @@ def test_a_password_in_the_tracking_uri_is_in_no_dump():
     assert config.tracking.uri == "postgresql://user:s3cret@host/db"
     assert "s3cret" not in config.to_yaml() + config.model_dump_json() + str(config.flat())
     assert config.flat()["tracking.uri"] == "postgresql://user:***@host/db"
+
+
+def test_an_empty_gate_is_none_and_a_gate_travels():
+    assert from_dict({**LEAST, "gate": None, "notify": None}) == from_dict(LEAST) == load_text(from_dict(LEAST).to_yaml())
+    config = from_dict(LEAST, {"gate.max_kl": 0.1, "notify.webhook": "http://127.0.0.1:8/hook"})
+    assert load_text(config.to_yaml()) == config and config.flat()["gate.max_kl"] == 0.1
+    without_kl = from_dict(LEAST, {"gate.max_gb": 1, "gate.measure": "perplexity_increase", "evaluation.kl": False})
+    assert without_kl.gate.measure == "perplexity_increase"
+
+
+@pytest.mark.parametrize("webhook", [
+    "https://me:s3cret@host/x", "https://s3cret@host/x", "https://host/x?token=s3cret", "https://host/x?a=1&api_key=s3cret",
+    "https://host/services/T00000000/B00000000/s3cretXXXXXXXXXXXXXXXXXX",
+])  # fmt: skip
+def test_a_webhook_with_a_secret_is_refused_and_not_repeated(webhook):
+    with pytest.raises(InputError, match="give env:NAME") as error:
+        from_dict(LEAST, {"notify.webhook": webhook})
+    assert "s3cret" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("webhook", ["env:HOOK", "block:hook-1", "http://127.0.0.1:9/quantized", "https://host.example/hooks/model-quantized-by-me?x=1"])
+def test_webhooks_that_hold_no_secret(webhook):
+    assert from_dict(LEAST, {"notify.webhook": webhook}).notify.webhook == webhook
+
+
+def test_the_tracking_uri_may_stand_in_the_environment(monkeypatch):
+    config = from_dict(LEAST, {"tracking.uri": "env:GPTQ_TEST_STORE"})
+    with pytest.raises(InputError, match="the environment has no GPTQ_TEST_STORE"):
+        _ = config.tracking.address
+    monkeypatch.setenv("GPTQ_TEST_STORE", "postgresql://user:s3cret@host/db")
+    assert config.tracking.address == "postgresql://user:s3cret@host/db"
+    assert config.flat()["tracking.uri"] == "env:GPTQ_TEST_STORE" and "s3cret" not in config.to_yaml() + repr(config)
+    monkeypatch.setenv("GPTQ_TEST_STORE", "s3cret://host")
+    with pytest.raises(InputError, match="must be sqlite:///FILE.db") as error:
+        _ = config.tracking.address
+    assert "s3cret" not in str(error.value)
