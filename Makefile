@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) lacks venv or ensurepip: install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pipeline,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pipeline,ray,dev]'
 	@touch $(STAMP)
 
 clean:

@@ -26,8 +26,10 @@ class Board:
             self._try(update_progress_artifact, self._bar, percent, description=text)
 
     def table(self, rows: dict[str, Any], text: str) -> None:
-        self._try(create_table_artifact, [{"what": key, "value": value} for key, value in rows.items()],
-                  key=f"{self.name}-results", description=text)
+        self.lines([{"what": key, "value": value} for key, value in rows.items()], text)
+
+    def lines(self, rows: list[dict[str, Any]], text: str) -> None:
+        self._try(create_table_artifact, rows, key=f"{self.name}-results", description=text)
 
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.lost:

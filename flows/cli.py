@@ -86,20 +86,44 @@ def plan(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a run would make and who will load it, from the model's headers: nothing is computed or written."""
+    """What a run would make, who will load it and what it takes: from the model's headers, nothing is computed or written."""
     with outcome():
         from tasks.config import load
-        from tasks.prepare import foresee
+        from tasks.prepare import foresee, shortages
 
-        found = foresee(load(config, settings(set_, {})))
+        request = load(config, settings(set_, {}))
+        found = foresee(request, rates=True)
+        short = shortages(request, found)
         if as_json:
             show_json({"loads": [verdict.record() for verdict in found.verdicts], "quantized_layers": list(found.selection.layers),
                        "left": found.selection.left, "bits_per_weight": found.bits_per_weight, "bytes": found.bytes,
-                       "original_bytes": found.original_bytes})
+                       "original_bytes": found.original_bytes, **found.estimate.record(), "fits": not any(s.certain for s in short),
+                       "shortages": list(map(str, short)), "notes": [*found.notes, *found.estimate.notes]})
         else:
             from flows.screen import show_plan
 
-            show_plan(found)
+            show_plan(found, short)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="YAML of a sweep (see configs/sweep.yaml), or of a run.", show_default=False)],
+    grid: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="An axis of the grid; may be repeated.")] = None,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: dir.", show_default=False)] = None,
+    mode: option(str, "exact, or screening: all cells from one pass, without checkpoints.", panel="Options") = None,
+    max_parallel: option(int, "Cells at a time.", panel="Options") = None,
+    runner: option(str, "local, or ray.", panel="Options") = None,
+    address: option(str, "Of the Ray cluster.", panel="Options") = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run many configurations beside each other and recommend one: --grid bits=3,4 --grid group_size=32,128."""
+    with outcome():
+        from tasks.sweep import load_sweep, parse_axis
+
+        overrides = settings(set_, {"dir": str(out) if out else None, "mode": mode, "max_parallel": max_parallel, "runner": runner,
+                                    "ray_address": address})
+        run_sweep(load_sweep(config, dict(parse_axis(axis) for axis in grid or []), overrides), as_json)
 
 
 @app.command()
@@ -153,6 +177,25 @@ def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help=
         typer.echo(f"dense checkpoint: {dequantize_checkpoint(checkpoint, out)}")
 
 
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Option(help="Where the deployments are described.")] = Path("prefect.yaml"),
+    name: Annotated[list[str] | None, typer.Option(help="Serve only this deployment; may be repeated.", show_default=False)] = None,
+) -> None:
+    """Run the deployments of prefect.yaml on their schedules, without a worker, until interrupted. Needs a Prefect server that stays."""
+    with outcome():
+        from flows.serve import read, server
+
+        deployments = read(file, name)
+        os.environ.setdefault("DO_NOT_TRACK", "1")
+        address = server()
+        from flows.serve import serve as run_deployments
+
+        typer.echo(f"serving {', '.join(deployment.name for deployment in deployments)} for {address}; Ctrl-C ends it", err=True)
+        with watched("check PREFECT_API_URL, or start a server there with `prefect server start`"):
+            run_deployments(deployments)
+
+
 def run(config: Any) -> None:
     """Check everything that costs nothing, then start Prefect and the flow, then tell what came out."""
     from tasks import record as records
@@ -163,17 +206,59 @@ def run(config: Any) -> None:
     quiet()
     from flows.quantize import quantize as flow
     from flows.screen import show_run
+    from tasks.gate import GateFailedError, demand
 
     before = records.read(config.out)
     try:
         with watched():
             record = flow(config)
+    except GateFailedError:
+        record = records.read(config.out)
     except PrefectAwayError:
         record = records.read(config.out)
         if record is None or record == before or record["mlflow"] is None:
             raise
         typer.echo("computed, not recorded in Prefect: its server went away during the run", err=True)
     show_run(config, record)
+    demand(config, record)
+
+
+def run_sweep(config: Any, as_json: bool) -> None:
+    """Look at every cell, start Prefect and the flow where something is missing, and tell what came out."""
+    quiet()  # what is read from here on imports Prefect
+    from tasks import cells
+
+    states = cells.examine(config)
+    for state in cells.failed(states):
+        if state.status != "missing":
+            typer.echo(f"note: {state.cell.name}: {state.error}", err=True)
+    found, error = cells.settled(config, states), None
+    if found:
+        typer.echo(f"{config.folder}: unchanged, nothing to do", err=True)
+    else:
+        from flows.sweep import SweepFailedError
+        from flows.sweep import sweep as flow
+
+        try:
+            with watched():
+                found = flow(config)
+        except SweepFailedError as reason:
+            found, error = cells.read(config), reason
+        except PrefectAwayError:
+            states = cells.examine(config)
+            found = cells.result(config, states, [], 0.0)
+            if any(state.status == "missing" for state in states):
+                raise
+            typer.echo("computed, not recorded in Prefect: its server went away during the sweep", err=True)
+    if as_json:
+        show_json(found)
+    else:
+        from flows.screen import show_sweep
+
+        show_sweep(found)
+    error = error or cells.objection(found)
+    if error:
+        fail(FAILED, error)
 
 
 def settings(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +330,9 @@ def quiet() -> None:
     disable_progress_bar()  # two bars on one line, and noise in a file
 
     def ours(entry: logging.LogRecord) -> bool:
-        return "aborted by an interrupt signal" in str(entry.msg) or bool(entry.exc_info and isinstance(entry.exc_info[1], GPTQError))
+        signs = ("aborted by an interrupt signal", "failed with state", "Finished in state Failed")
+        told = any(sign in entry.getMessage() for sign in signs)
+        return told or bool(entry.exc_info and isinstance(entry.exc_info[1], GPTQError))
 
     # these end as one line of ours: Prefect's traceback on top would bury it
     for name in ("prefect.flow_runs", "prefect.task_runs"):
@@ -253,7 +340,7 @@ def quiet() -> None:
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def watched(remedy: str = "check PREFECT_API_URL, or unset it to run without a server; the same command resumes") -> Iterator[None]:
     """Run a flow: its progress on stderr as bars or as lines, a server that does not answer as a PrefectAwayError."""
     import httpx
     from rich.console import Console
@@ -269,8 +356,7 @@ def watched() -> Iterator[None]:
         # at the start of a flow Prefect says it by a bare RuntimeError
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("Failed to reach API", "ephemeral Prefect API")):
             raise
-        raise PrefectAwayError(f"Prefect does not answer ({error}): check PREFECT_API_URL, or unset it to run without a server; "
-                               "the same command resumes") from error
+        raise PrefectAwayError(f"Prefect does not answer ({error}): {remedy}") from error
 
 
 def show_json(value: Any) -> None:

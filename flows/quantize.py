@@ -1,18 +1,23 @@
-"""The main job: a causal language model in, a GPTQ checkpoint out, evaluated and tracked.
+"""The main job: a causal language model in, a GPTQ checkpoint out, evaluated, judged and tracked.
 
-    prepare_dataset -> (allocate ->) capture_calibration -> quantize_block x N -> assemble -> evaluate -> log
+    prepare_dataset -> (allocate ->) capture_calibration -> quantize_block x N -> assemble -> evaluate -> log -> promote
 """
 
+import time
 from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
 from flows import progress
 from flows.artifacts import Board
+from flows.dead_runs import mark_dead_runs
+from flows.finish import finish
 from gptq_core.errors import GPTQError
 from tasks import record as records
 from tasks.config import RunConfig
+from tasks.gate import demand, verdict
 from tasks.run import compute
 from tasks.tracking import log
 
@@ -21,22 +26,27 @@ class EvaluationFailedError(GPTQError):
     """The checkpoint is complete and its evaluation failed."""
 
 
-@flow(name="quantize", flow_run_name="quantize-{config.out.name}")
-def quantize(config: RunConfig) -> dict[str, Any]:
-    """Quantize, evaluate and track as `config` says; return the run record."""
-    report, board = progress.reporter(), Board("quantize")
+@flow(name="quantize", flow_run_name="quantize-{config.out.name}", on_running=[mark_dead_runs])
+def quantize(config: RunConfig) -> Any:
+    """Quantize, evaluate and track as `config` says; the run record, which is what a caller gets. Nothing done: state "Unchanged"."""
+    report, board, started = progress.reporter(), Board("quantize"), time.time() * 1000
     record = compute(config, report, advance=board.progress)
     record["prefect_flow_run_id"] = record["prefect_flow_run_id"] or flow_run.get_id()
     with report.stage("log"):
         record["mlflow"] = log(config, record)
     if record["mlflow"]["error"]:
         report.note(f"computed, not recorded in MLflow: {record['mlflow']['error']}")
+    record = finish(config, record, report)
     board.table(results(record), f"{config.model.path} at {config.quantization.bits} bits")
     board.progress(100, "done")
     if record["evaluation_error"]:
         raise EvaluationFailedError(
             f"the checkpoint {config.out} is complete, but its evaluation failed ({record['evaluation_error']}): "
             "run the same command again to evaluate it")
+    demand(config, record)
+    if record["unchanged"] and record["finished_ms"] < started:
+        told = f"unchanged: {config.out} is of this model, text and config; nothing was done"
+        return Completed(name="Unchanged", message=told, data=record)
     return record
 
 
@@ -47,6 +57,6 @@ def results(record: dict[str, Any]) -> dict[str, Any]:
         "original perplexity": evaluation.get("original_perplexity"), "quantized perplexity": evaluation.get("quantized_perplexity"),
         "KL per token (nats)": evaluation.get("kl"), "same top token": evaluation.get("top1_agreement"),
         "original bytes": assembly["original_bytes"], "quantized bytes": assembly["bytes"], "bits per weight": assembly["bits_per_weight"],
-        "allocation": records.allocated(record), "seconds": record["seconds"],
+        "allocation": records.allocated(record), "seconds": record["seconds"], "gate": verdict(record.get("gate")),
     }
     return {key: value for key, value in rows.items() if value is not None}

@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gptq_core.plan import Plan
+from tasks import gate
 from tasks.config import RunConfig
+from tasks.prepare import Foreseen, Shortage
 from tasks.record import allocated, record_path
 
 
@@ -61,10 +62,14 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
         places.add_row("allocation", chosen)
     if assembly.get("loads"):
         places.add_row("loads in", loads_in(assembly["loads"]))
+    if record.get("gate"):
+        places.add_row("gate", gate.verdict(record["gate"]))
+    if record.get("registry"):
+        places.add_row("registry", registered(record["registry"]))
     if not tracked:
         places.add_row("MLflow", "not recorded; the same command tries again")
     else:
-        places.add_row("MLflow", uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}")
+        places.add_row("MLflow", uri if uri.startswith(("http", "env:", "block:")) else f"mlflow ui --backend-store-uri {uri}")
     places.add_row("Prefect", f"prefect server start   (flow run {record['prefect_flow_run_id']})")
     console.print(places)
 
@@ -91,17 +96,55 @@ def show_inspection(found: dict[str, Any]) -> None:
     _console().print(dense)
 
 
-def show_plan(found: Plan) -> None:
-    """What a run would make, and who will load it."""
-    left = len(found.selection.left)
-    show_table({"quantized layers": len(found.selection.layers), "left as they are": left, "bits per weight": found.bits_per_weight,
-                "size": f"{size(found.bytes)} of {size(found.original_bytes)}"})
+def show_plan(found: Foreseen, short: list[Shortage]) -> None:
+    """What a run would make, who will load it, what it takes, and what of that is not there."""
+    costs = found.estimate
+    rows = {"blocks": costs.blocks, "quantized layers": len(found.selection.layers), "left as they are": len(found.selection.left),
+            "bits per weight": found.bits_per_weight, "size": f"{size(found.bytes)} of {size(found.original_bytes)}",
+            "device": f"{costs.device}, {costs.dtype}",
+            "peak memory": f"{size(costs.host_bytes)}, of it {size(costs.mapped_bytes)} files that the system can take back"}
+    if costs.device_bytes:
+        rows["peak on the device"] = size(costs.device_bytes)
+    rows["highest stage"] = max(costs.stage_bytes, key=costs.stage_bytes.__getitem__)
+    rows |= {"reads": size(costs.read_bytes), "writes": size(costs.write_bytes), "about": _times(costs.seconds)}
+    show_table(rows)
+    console = _console()
+    for reason, names in _by_reason(found.selection.left).items():
+        console.print(f"  left: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}", markup=False)
     table = Table(box=None, padding=(0, 2))
     for column in ("consumer", "loads", "why not"):
         table.add_column(column)
     for verdict in found.verdicts:
         table.add_row(f"{verdict.consumer} {verdict.version}", "yes" if verdict.loads else "no", "\n".join(verdict.reasons))
-    _console().print(table)
+    console.print(table)
+    for note in (*found.notes, *costs.notes):
+        console.print(f"  note: {note}", markup=False)
+    for shortage in short:
+        console.print(f"  {'does not fit' if shortage.certain else 'may not fit'}: {shortage}", markup=False)
+
+
+def _times(seconds: dict[str, float]) -> str:
+    if not seconds:
+        return "not known: this machine does not have the device"
+    whole = sum(seconds.values())
+    total = f"{whole:.0f} s" if whole < 600 else f"{whole / 60:.0f} min" if whole < 36_000 else f"{whole / 3600:.0f} h"
+    missing = "" if "evaluation" in seconds else "; without the evaluation, whose text is not looked at"
+    return f"{total} ({', '.join(f'{stage} {share / whole:.0%}' for stage, share in seconds.items())}{missing})"
+
+
+def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def registered(found: dict[str, Any]) -> str:
+    """A version in the model registry, and whether it holds the alias."""
+    if found["error"]:
+        return "not registered; the same command tries again"
+    beaten = f", before: version {found['beaten']}" if found["beaten"] else ""
+    return f"{found['name']} version {found['version']}, {'is' if found['champion'] else 'not'} {found['alias']}{beaten}"
 
 
 def loads_in(verdicts: list[dict[str, Any]]) -> str:
@@ -114,3 +157,30 @@ def _console() -> Console:
     # off a terminal rich would fold long names at 80 columns
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def show_sweep(found: dict[str, Any]) -> None:
+    """The cells, those of the front first by size, and the recommended one."""
+    label = " (screening: Hessians of the original, no checkpoints)" if found["mode"] == "screening" else ""
+    table = Table(title=f"{found['folder']}{label}", title_justify="left")
+    columns = ("cell", "size", "bits per weight", "perplexity", "KL per token", "seconds", "gate", "")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("cell", "gate", "") else "right", overflow="fold")
+    order = {name: position for position, name in enumerate(found["front"])}
+    for row in sorted(found["cells"], key=lambda row: (row["status"] != "done", row["bytes"] or 0)):
+        if row["status"] != "done":
+            table.add_row(row["name"], "", "", "", "", "", "", row["status"])
+            continue
+        marks = [*(["recommended"] if row["name"] == found["recommended"]["name"] else []), *(["front"] if row["name"] in order else [])]
+        table.add_row(row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.3f}",
+                      "-" if row["kl"] is None else f"{row['kl']:.5f}", f"{row['seconds']:.1f}", row["gate"] or "", ", ".join(marks))
+    console = _console()
+    console.print(table)
+    for row in found["cells"]:
+        if row["status"] != "done":
+            console.print(f"{row['name']}: {row['status']}: {row['error']}", highlight=False, markup=False)
+    choice = found["recommended"]
+    text = f"recommended: {choice['name'] or 'none'} ({choice['rule']}): {choice['reason']}"
+    if found["mode"] == "screening" and choice["name"]:
+        text += "; run it with mode: exact before you use it"
+    console.print(text, highlight=False, markup=False)

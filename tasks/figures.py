@@ -33,3 +33,29 @@ def relative_errors(blocks: list[dict[str, Any]]):  # noqa: ANN201 - matplotlib 
     axes.set_title("relative error of the layer's output on the calibration text")
     figure.colorbar(image, ax=axes)
     return figure
+
+
+def front(found: dict[str, Any]):  # noqa: ANN201 - matplotlib is imported lazily
+    """The cells of a sweep over size and quality, the front as a line, the recommended one marked. `found`: sweep.json."""
+    from matplotlib.figure import Figure
+
+    measure, cells = found["measure"], [row for row in found["cells"] if row["bytes"] is not None and row[found["measure"]] is not None]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter([row["bytes"] / 1e6 for row in cells], [row[measure] for row in cells], color="#888888", zorder=2)
+    on = [row for name in found["front"] for row in cells if row["name"] == name]
+    axes.step([row["bytes"] / 1e6 for row in on], [row[measure] for row in on], where="post", marker="o", color="#4477aa", label="front")
+    for row in cells:
+        chosen = row["name"] == found["recommended"]["name"]
+        axes.annotate(row["name"], (row["bytes"] / 1e6, row[measure]), xytext=(4, 4), textcoords="offset points", fontsize=7,
+                      fontweight="bold" if chosen else "normal")
+        if chosen:
+            axes.scatter([row["bytes"] / 1e6], [row[measure]], marker="*", s=160, color="#cc3311", label="recommended", zorder=3)
+    if cells and all(row[measure] > 0 for row in cells):
+        axes.set_yscale("log")
+    label = {"kl": "KL per token (nats)", "perplexity": "perplexity"}[measure]
+    axes.set(xlabel="size of the checkpoint (MB)", ylabel=label + (", screening" if found["mode"] == "screening" else ""))
+    if on:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -18,6 +19,8 @@ from typing import Any
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import InputError
 from tasks.config import RunConfig
+
+PROC = Path("/proc/self")
 
 
 def beside(out: str | Path, suffix: str) -> Path:
@@ -63,6 +66,7 @@ def new(config: RunConfig, key: str) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "finished_ms": None, "seconds": None, "stage_seconds": {},
         "peak_memory_bytes": None, "machine": machine(), "calibration_data": None, "evaluation_data": None, "allocation": None,
         "assembly": None, "evaluation": None, "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "mlflow": None,
+        "gate": None, "registry": None, "notified": None,
     }
 
 
@@ -87,11 +91,29 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Highest resident set of this process so far, and highest allocation on its GPU, in bytes."""
+    """Highest resident set of this process, and highest allocation on its GPU, in bytes; since forget_peak_memory or the start."""
     import torch
 
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"host": _peak_resident()}
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+def forget_peak_memory() -> None:
+    """Begin anew, for a process that does one job after another. Where there is no /proc, the peak stays that of the process."""
+    import torch
+
+    if PROC.is_dir():
+        (PROC / "clear_refs").write_text("5")  # proc(5): resets VmHWM
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_resident() -> int:
+    if PROC.is_dir():
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", (PROC / "status").read_text(), re.MULTILINE)
+        if found:
+            return 1024 * int(found[1])
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

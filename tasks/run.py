@@ -22,6 +22,7 @@ from tasks.allocate import allocate
 from tasks.config import RunConfig
 from tasks.data import prepare_dataset
 from tasks.evaluate import Progress, evaluate
+from tasks.gate import judge
 from tasks.prepare import open_quantization, stored_allocation
 from tasks.quantize import Handle, assemble, capture_calibration, quantize_block
 
@@ -92,6 +93,9 @@ def compute(
     if record["seconds"] is None:
         record |= {"seconds": time.perf_counter() - started, "finished_ms": int(time.time() * 1000),
                    "peak_memory_bytes": records.peak_memory()}
+    # no part of the work: finished work is judged by the limits of today
+    record["gate"] = judge(config.gate, record) if config.gate else None
+    record["config"] |= config.model_dump(mode="json", include={"gate", "notify"})
     records.write(config.out, record)
     return record
 
@@ -144,12 +148,18 @@ def _record(config: RunConfig, key: str, data: dict[str, Any], allocation: dict[
     """The stored record if it is of this very work and text, else a new one; it keeps what the work already told."""
     stored = records.read(config.out)
     same_work = stored is not None and stored.get("key") == key
-    if same_work and stored.get("evaluation") and stored["seconds"] is not None:
-        same_text = stored["evaluation"]["digest"] == data["evaluation"]["digest"]
-        same_runner = stored["evaluation"].get("backend", "torch") == (kernel_name(config.quantization.backend) or "torch")
-        if same_text and same_runner and (stored["evaluation"]["kl"] is not None) == config.evaluation.kl:
-            return stored
+    if same_work and evaluated(stored, config, data["evaluation"]["digest"]):
+        return stored
     record = records.new(config, key)
     if same_work:
         record |= {"blocks": stored["blocks"], "stage_seconds": stored["stage_seconds"]}
     return record | {"calibration_data": data["calibration"], "evaluation_data": data["evaluation"], "allocation": allocation}
+
+
+def evaluated(record: dict[str, Any], config: RunConfig, digest: str) -> bool:
+    """Whether a record has the numbers that `config` asks for, of the held-out windows with this digest."""
+    found = record.get("evaluation")
+    if not found or record["seconds"] is None:
+        return False
+    same_runner = found.get("backend", "torch") == (kernel_name(config.quantization.backend) or "torch")
+    return found["digest"] == digest and same_runner and (found["kl"] is not None) == config.evaluation.kl

@@ -1,0 +1,34 @@
+"""Cells on a Ray cluster, through prefect-ray: an extra, `pip install 'gptq-pipeline[ray]'`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from gptq_core.errors import InputError
+from tasks.cells import Places
+from tasks.sweep import SweepConfig
+
+if TYPE_CHECKING:
+    from prefect_ray import RayTaskRunner
+
+
+def ray_runner(config: SweepConfig) -> RayTaskRunner:
+    """The cluster at config.ray_address; one of this machine alone without."""
+    try:
+        from prefect_ray import RayTaskRunner
+    except ImportError as error:
+        raise InputError(f"runner: ray needs prefect-ray ({error}): pip install 'gptq-pipeline[ray]', or set runner: local") from error
+    # a cluster that is started here is for this machine: it listens nowhere else
+    here = {} if config.ray_address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    return RayTaskRunner(address=config.ray_address, init_kwargs=here)
+
+
+def ray_options(config: SweepConfig, places: Places) -> AbstractContextManager[object]:
+    """What a cell asks of a node: its threads, and a share of a GPU where the cluster has any and the cells do not ask for the CPU."""
+    import ray
+    from prefect_ray.context import remote_options
+
+    on_cpu = all(cell.config.model.device == "cpu" for cell in config.expanded() if cell.config)
+    gpus = 0 if on_cpu or not ray.cluster_resources().get("GPU") else 1 / places.slots
+    return remote_options(num_cpus=places.threads, num_gpus=gpus)

@@ -1,0 +1,236 @@
+"""Many runs that differ in a few keys: what they share is done once, cells run beside each other, one of them is recommended.
+
+    examine -> original x M -> cell x N (workers, or a Ray cluster) -> log each -> choose -> log
+
+A cell is computed by a worker process that asks neither Prefect nor MLflow, and lies on disk when it is done: whatever is killed,
+the same command goes on with what is missing. A cell that fails is reported and stops no other.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, as_completed
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import progress
+from flows.artifacts import Board
+from flows.cluster import ray_options, ray_runner
+from flows.dead_runs import mark_dead_runs
+from flows.finish import register, tell
+from gptq_core.errors import GPTQError
+from tasks import cells as at
+from tasks import record as records
+from tasks.cells import Places, State
+from tasks.supervise import INHERITED, Leases, Outcome, Worker, supervise
+from tasks.sweep import SweepConfig
+from tasks.tracking import log, log_sweep, open_sweep
+from tasks.worker import Job
+
+
+class SweepFailedError(GPTQError):
+    """Cells of the sweep failed, or none can be recommended; what is done stays."""
+
+
+class Handle:
+    """The leases of a sweep, which Prefect does not look into."""
+
+    __slots__ = ("leases",)
+
+    def __init__(self, leases: Leases) -> None:
+        self.leases = leases
+
+
+@flow(name="sweep", flow_run_name="sweep-{config.folder.name}", on_running=[mark_dead_runs])
+def sweep(config: SweepConfig) -> Any:
+    """Run the cells that are missing, log them, choose; sweep.json's content. Nothing to compute: state "Unchanged"."""
+    report, board, started = progress.reporter(), Board("sweep"), time.perf_counter()
+    states = at.examine(config)
+    missing = [state for state in states if state.status == "missing"]
+    tracked = next(state.config for state in states if state.cell.config)
+    parent = open_sweep(tracked, at.sweep_id(config), config.folder.name)
+    if parent["error"]:
+        report.note(f"not recorded in MLflow for now: {parent['error']}")
+    for state in states:
+        if state.status == "done":
+            _log_cell(config, state, parent, report)
+    if missing:
+        done = _exact if config.mode == "exact" else _screening
+        with report.stage("cells", len(missing)) as tick:
+            finished = dict(done(config, missing, parent, report, board, tick))
+        states = [finished.get(state.cell.name, state) for state in states]
+    found = at.result(config, states, [state.cell.name for state in missing], started)
+    found["registry"] = _register(states, found, report)
+    at.write(config, found)
+    found["mlflow"] = log_sweep(tracked, found, parent["run_id"]) if parent["run_id"] else parent
+    found["notified"] = tell(tracked.notify, at.happened(found), at.summary(found), at.read(config).get("notified"), report)
+    at.write(config, found)
+    board.lines(table(found), f"{config.folder}: {found['recommended']['rule']}: {found['recommended']['name']}")
+    board.progress(100, "done")
+    if reason := at.objection(found):
+        raise SweepFailedError(reason)
+    if not missing:
+        return Completed(name="Unchanged", data=found, message=f"unchanged: all of {config.folder} is done; nothing was computed")
+    return found
+
+
+# -- exact ----------------------------------------------------------------------------------------------------------------
+
+Found = Iterator[tuple[str, State]]
+Tick = Callable[[int, str], None]
+
+
+@task(name="cell", cache_policy=NO_CACHE)
+def run_cell(name: str, job: Job, limits: dict[str, Any], logs: str, folder: str, handle: Handle | None) -> Any:
+    """One job in a worker: a leased one of this machine, or one of its own where Ray has put the task. An Outcome.
+
+    folder: the working directory of the sweep, to which paths are relative on every node.
+    """
+    report = progress.reporter()
+
+    def note(text: str) -> None:
+        report.note(f"{name}: {text}")
+
+    if handle is not None:
+        with handle.leases.lease() as worker:
+            outcome = supervise(worker, job, limits, note)
+    else:
+        worker = Worker(INHERITED, Path(logs) / f"worker-{name}.log", job["threads"], folder)
+        try:
+            outcome = supervise(worker, job, limits, note)
+        finally:
+            worker.retire()
+    return outcome if outcome["status"] == "done" else Failed(message=f"{outcome['status']}: {outcome['error']}", data=outcome)
+
+
+def _exact(
+    config: SweepConfig, missing: list[State], parent: dict[str, Any], report: progress.Reporter, board: Board, tick: Tick
+) -> Found:
+    """Cells as they finish: logged, and told."""
+    places, by_name = at.places(config, missing), {state.cell.name: state for state in missing}
+    report.note(f"{len(missing)} cells, {places.at_once} at a time with {places.threads} threads each")
+    with _cells(config, places, report) as run:
+        wanted, originals = at.original_jobs(config, missing, places.threads)
+        for key, outcome in run(wanted):
+            if outcome["status"] == "done":
+                originals[key] = outcome["result"]["file"]
+            else:
+                report.note(f"every cell runs the original itself: {outcome['error']}")
+        for count, (name, outcome) in enumerate(run(at.jobs(config, missing, places.threads, originals)), 1):
+            state = at.after(by_name[name], outcome)
+            if state.status == "done":
+                _log_cell(config, state, parent, report)
+            text = f"{name}: {_told(state)}"
+            tick(count, text)
+            board.progress(95 * count / len(missing), text)
+            yield name, state
+
+
+@contextmanager
+def _cells(
+    config: SweepConfig, places: Places, report: progress.Reporter
+) -> Iterator[Callable[[dict[str, Job]], Iterator[tuple[str, Outcome]]]]:
+    """A function that runs jobs and yields their outcomes as they come: by workers of this machine, or on a Ray cluster."""
+    limits, logs = config.limits.model_dump(), (config.folder / "shared").absolute()
+    leases = Leases(places.devices, places.slots, places.threads, logs) if config.runner == "local" else None
+    with ThreadPoolTaskRunner(max_workers=len(leases.workers)) if leases else ray_runner(config) as runner:
+
+        def run(jobs: dict[str, Job]) -> Iterator[tuple[str, Outcome]]:
+            names = {}
+            with nullcontext() if leases else ray_options(config, places):
+                for name, job in jobs.items():
+                    given = {"name": name, "job": job, "limits": limits, "logs": str(logs), "folder": os.getcwd(),
+                             "handle": Handle(leases) if leases else None}  # fmt: skip
+                    names[runner.submit(run_cell.with_options(task_run_name=name[:200]), given)] = name
+            for future in as_completed(list(names)):
+                yield names[future], _outcome(future)
+
+        try:
+            yield run
+        finally:
+            if leases:
+                leases.retire()  # first: the runner waits for its threads, and they for the workers
+
+
+def _outcome(future: PrefectFuture) -> Outcome:
+    found = future.result(raise_on_failure=False)
+    if isinstance(found, dict):
+        return found
+    # not the cell but Prefect: its server went away, or the node of the cluster
+    return {"status": "failed", "error": f"{type(found).__name__}: {found}", "attempts": 0, "result": None, "seconds": 0.0}
+
+
+# -- screening ------------------------------------------------------------------------------------------------------------
+
+
+def _screening(
+    config: SweepConfig, missing: list[State], parent: dict[str, Any], report: progress.Reporter, board: Board, tick: Tick
+) -> Found:
+    """All cells that share model and texts in one job; jobs one after another, with all cores."""
+    places = at.places(config.model_copy(update={"max_parallel": 1}), missing)
+    by_key, count = {state.key: state for state in missing}, 0
+    with _cells(config, places, report) as run:
+        jobs = {f"screening-{index}": job for index, job in enumerate(at.screening_jobs(config, missing, places.threads))}
+        for name, outcome in run(jobs):
+            cells = outcome["result"]["cells"] if outcome["result"] else {}
+            at.keep_screened(config, {key: found for key, found in cells.items() if found["error"] is None})
+            for key in jobs[name]["cells"]:
+                count += 1
+                found = cells.get(key)
+                error = found["error"] if found else outcome["error"]
+                state = replace(by_key[key], status="failed" if error else "done", error=error, record=None if error else found)
+                tick(count, f"{state.cell.name}: {_told(state)}")
+                yield state.cell.name, state
+
+
+# -- what is told ---------------------------------------------------------------------------------------------------------
+
+
+def _log_cell(config: SweepConfig, state: State, parent: dict[str, Any], report: progress.Reporter) -> None:
+    """The cell as a child run in MLflow, once; what the server does not take is logged by the next run of the sweep."""
+    record = state.record
+    if config.mode == "screening" or (record.get("mlflow") or {}).get("run_id") and record["mlflow"]["error"] is None:
+        return
+    record["tags"] = {"mlflow.parentRunId": parent["run_id"] or "", "gptq.sweep": at.sweep_id(config), "gptq.cell": state.cell.name}
+    record["prefect_flow_run_id"] = record["prefect_flow_run_id"] or flow_run.get_id()
+    record["mlflow"] = log(state.config, record)
+    if record["mlflow"]["error"]:
+        report.note(f"{state.cell.name}: computed, not recorded in MLflow: {record['mlflow']['error']}")
+
+
+def _register(states: list[State], found: dict[str, Any], report: progress.Reporter) -> dict[str, Any] | None:
+    """The recommended cell in the model registry, where it has passed its gate and the gate names one. Screening registers nothing."""
+    [chosen] = [state for state in states if state.cell.name == found["recommended"]["name"]] or [None]
+    if chosen is None or found["mode"] == "screening":
+        return None
+    record = register(chosen.config, chosen.record, report)
+    records.write(chosen.config.out, record)
+    return record["registry"]
+
+
+def _told(state: State) -> str:
+    if state.status != "done":
+        return f"{state.status}: {state.error}"
+    found = at.row(state)
+    return f"perplexity {found['perplexity']:.3f}" + (f", KL {found['kl']:.5f}" if found["kl"] is not None else "")
+
+
+def table(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line a cell, for Prefect's artifact and the terminal."""
+    return [
+        {"cell": row["name"], "status": row["status"], "GB": row["bytes"] and row["bytes"] / 1e9, "bits per weight": row["bits_per_weight"],
+         "perplexity": row["perplexity"], "KL": row["kl"], "same top token": row["agreement"], "seconds": row["seconds"],
+         "gate": row["gate"], "front": row["name"] in found["front"], "recommended": row["name"] == found["recommended"]["name"],
+         "error": row["error"]}
+        for row in found["cells"]
+    ]  # fmt: skip
