@@ -309,6 +309,8 @@ def quiet() -> None:
     defaults = {
         "PREFECT_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for results
+        "PREFECT_CLIENT_MAX_RETRIES": "3",  # a call to a server that is gone then costs 14 seconds and not a minute
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a fresh home and a busy machine need more than its 20
     }
     for name, value in defaults.items():
