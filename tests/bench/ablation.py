@@ -1,4 +1,4 @@
-"""What each step of the recipes gives and costs: the ladder from classic to max, and best without each of its steps.
+"""What each step of the recipes gives and costs: the ladder from classic to max, and max without each of its steps.
 
     python tests/bench/ablation.py MODEL OUT --calibration TEXT --heldout TEXT [--bits 4,3,2] [--draws 3] [--rows classic,tuned]
 
@@ -39,23 +39,23 @@ STEPS = {
     "+ refit": {"refit": True},
     "tuned: + descent": {"descent": 1},
     "+ target shift": {"target_shift": 1.0},
-    "+ residual shift": {"residual_shift": 0.5},
-    "best: + second pass": {"descent": 2},
+    "best: + residual shift": {"residual_shift": 0.5},
+    "+ second pass": {"descent": 2},
     "max: + block tuning": {"tuning_steps": RECIPES["max"]["tuning_steps"]},
 }
 
 
 def rows() -> dict[str, dict]:
-    """Name to fields: the ladder, then best without one step."""
+    """Name to fields: the ladder, then max before its tuning without one step."""
     found: dict[str, dict] = {"classic": {"recipe": "classic"}}
     fields = {"recipe": "classic"}
     for name, step in STEPS.items():
         fields = fields | step
         found[name] = fields
+    untuned = {"recipe": "max", "tuning_steps": 0}
     for key in RECIPES["best"]:
-        without = {"recipe": "best", key: OFF[key]}
-        found[f"best without {key}"] = without
-    found["best with damp_percent auto"] = {"recipe": "best", "damp_percent": "auto"}
+        found[f"max untuned without {key}"] = untuned | {key: OFF[key]}
+    found["max untuned with damp_percent auto"] = untuned | {"damp_percent": "auto"}
     return found
 
 
