@@ -93,6 +93,11 @@ STORE = re.compile(r"sqlite:///.|https?://.|(postgresql|mysql|mssql)(\+\w+)?://.
 STORES = "sqlite:///FILE.db, http(s)://HOST:PORT, or postgresql://, mysql:// or mssql:// (also as DIALECT+DRIVER://)"
 
 
+def without_password(uri: str) -> str:
+    """The address with stars for its password."""
+    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", uri)
+
+
 class TrackingConfig(Schema):
     uri: Annotated[str, Field(min_length=1)] = "sqlite:///mlflow.db"
     """MLflow tracking URI: sqlite:///FILE.db or http(s)://HOST:PORT; postgresql://, mysql:// and mssql:// need their drivers.
@@ -119,7 +124,7 @@ class TrackingConfig(Schema):
     @field_serializer("uri")
     def _without_password(self, value: str) -> str:
         # dumps go into the run record, MLflow's parameters and Prefect's pages; only the object itself is used to connect
-        return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", value)
+        return without_password(value)
 
 
 LIMITS = ("max_perplexity_increase", "max_kl", "min_recovery", "max_gb", "max_fallback_layers")

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from gptq_core.config import Schema, explain
 from gptq_core.errors import InputError
-from tasks.config import RunConfig, from_dict, load_yaml
+from tasks.config import RunConfig, from_dict, load_yaml, without_password
 
 Positive = Annotated[int, Field(gt=0)]
 Settings = dict[str, Any]
@@ -85,6 +85,14 @@ class SweepConfig(Schema):
     @classmethod
     def _file(cls, value: Any) -> Any:
         return _base(value)
+
+    @field_serializer("base")
+    def _without_password(self, base: dict[str, Any]) -> dict[str, Any]:
+        # as RunConfig does: dumps go into sweep.json and Prefect's pages; only the object itself is used to connect
+        tracking = base.get("tracking")
+        if not isinstance(tracking, dict) or not isinstance(tracking.get("uri"), str):
+            return base
+        return base | {"tracking": tracking | {"uri": without_password(tracking["uri"])}}
 
     @field_validator("grid")
     @classmethod

@@ -93,6 +93,12 @@ def test_a_sweep_s_yaml_takes_its_base_from_a_file_and_axes_from_the_command_lin
     assert SweepConfig.model_validate_json(json.dumps(config.model_dump(mode="json"))) == config
 
 
+def test_a_password_of_the_tracking_address_is_in_no_dump():
+    uri = "postgresql://me:secret@host/db"
+    config = sweep(base=BASE | {"tracking": {"uri": uri}})
+    assert "secret" not in config.model_dump_json() and config.expanded()[0].config.tracking.uri == uri
+
+
 @pytest.mark.parametrize("text", ["bits", "bits=", "=3", "bits=3,[4"])
 def test_an_axis_that_cannot_be_read_says_how_to_write_one(text):
     with pytest.raises(InputError, match="--grid"):
