@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test install clean
+.PHONY: help demo test test-services install clean
 
 help:
 	@echo "make demo      install, then quantize the embedded model, evaluate and track it"
 	@echo "make test      install, then run the tests"
+	@echo "make test-services   the tests with real servers, workers and a Ray cluster"
 	@echo "make install   make .venv and install the project into it"
 	@echo "make clean     remove .venv and caches; runs and mlflow.db stay"
 	@echo "PYTHON=python3.12 make ...   choose the interpreter"
@@ -18,6 +19,9 @@ demo: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-services: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m services
 
 install: $(STAMP)
 

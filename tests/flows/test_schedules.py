@@ -19,7 +19,8 @@ from flows import dead_runs
 from tasks.config import RunConfig, load
 from tasks.sweep import SweepConfig, load_sweep
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes through /proc")
+pytestmark = [pytest.mark.services,
+              pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes through /proc")]  # fmt: skip
 
 START = 180  # seconds until a process of Prefect's answers, on a machine that is busy
 RUN = 180

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 
 pytest.importorskip("prefect_ray", reason="the extra [ray]")
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.services]
 
 
 @pytest.fixture
