@@ -225,7 +225,10 @@ def run(config: Any) -> None:
 
 def run_sweep(config: Any, as_json: bool) -> None:
     """Look at every cell, start Prefect and the flow where something is missing, and tell what came out."""
+    import time
+
     quiet()  # what is read from here on imports Prefect
+    started = time.perf_counter()
     from tasks import cells
 
     states = cells.examine(config)
@@ -246,9 +249,10 @@ def run_sweep(config: Any, as_json: bool) -> None:
             found, error = cells.read(config), reason
         except PrefectAwayError:
             states = cells.examine(config)
-            found = cells.result(config, states, [], 0.0)
             if any(state.status == "missing" for state in states):
                 raise
+            found = cells.result(config, states, [], started)
+            cells.write(config, found)
             typer.echo("computed, not recorded in Prefect: its server went away during the sweep", err=True)
     if as_json:
         show_json(found)

@@ -31,4 +31,5 @@ def ray_options(config: SweepConfig, places: Places) -> AbstractContextManager[o
 
     on_cpu = all(cell.config.model.device == "cpu" for cell in config.expanded() if cell.config)
     gpus = 0 if on_cpu or not ray.cluster_resources().get("GPU") else 1 / places.slots
-    return remote_options(num_cpus=places.threads, num_gpus=gpus)
+    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    return remote_options(num_cpus=min(places.threads, largest), num_gpus=gpus)  # more than any node has would wait for ever

@@ -54,6 +54,11 @@ class Handle:
 @flow(name="sweep", flow_run_name="sweep-{config.folder.name}", on_running=[mark_dead_runs])
 def sweep(config: SweepConfig) -> Any:
     """Run the cells that are missing, log them, choose; sweep.json's content. Nothing to compute: state "Unchanged"."""
+    with at.alone(config):
+        return _sweep(config)
+
+
+def _sweep(config: SweepConfig) -> Any:
     report, board, started = progress.reporter(), Board("sweep"), time.perf_counter()
     states = at.examine(config)
     missing = [state for state in states if state.status == "missing"]
@@ -143,7 +148,7 @@ def _cells(
     """A function that runs jobs and yields their outcomes as they come: by workers of this machine, or on a Ray cluster."""
     limits, logs = config.limits.model_dump(), (config.folder / "shared").absolute()
     leases = Leases(places.devices, places.slots, places.threads, logs) if config.runner == "local" else None
-    with ThreadPoolTaskRunner(max_workers=len(leases.workers)) if leases else ray_runner(config) as runner:
+    with ThreadPoolTaskRunner(max_workers=places.at_once) if leases else ray_runner(config) as runner:
 
         def run(jobs: dict[str, Job]) -> Iterator[tuple[str, Outcome]]:
             names = {}
@@ -178,17 +183,19 @@ def _screening(
 ) -> Found:
     """All cells that share model and texts in one job; jobs one after another, with all cores."""
     places = at.places(config.model_copy(update={"max_parallel": 1}), missing)
-    by_key, count = {state.key: state for state in missing}, 0
+    by_key, count = {}, 0
+    for state in missing:
+        by_key.setdefault(state.key, []).append(state)  # cells may differ in what screening does not look at, and share a result
     with _cells(config, places, report) as run:
         jobs = {f"screening-{index}": job for index, job in enumerate(at.screening_jobs(config, missing, places.threads))}
         for name, outcome in run(jobs):
             cells = outcome["result"]["cells"] if outcome["result"] else {}
             at.keep_screened(config, {key: found for key, found in cells.items() if found["error"] is None})
-            for key in jobs[name]["cells"]:
+            for waiting in [state for key in jobs[name]["cells"] for state in by_key.pop(key, [])]:
                 count += 1
-                found = cells.get(key)
+                found = cells.get(waiting.key)
                 error = found["error"] if found else outcome["error"]
-                state = replace(by_key[key], status="failed" if error else "done", error=error, record=None if error else found)
+                state = replace(waiting, status="failed" if error else "done", error=error, record=None if error else found)
                 tick(count, f"{state.cell.name}: {_told(state)}")
                 yield state.cell.name, state
 
@@ -199,13 +206,20 @@ def _screening(
 def _log_cell(config: SweepConfig, state: State, parent: dict[str, Any], report: progress.Reporter) -> None:
     """The cell as a child run in MLflow, once; what the server does not take is logged by the next run of the sweep."""
     record = state.record
-    if config.mode == "screening" or (record.get("mlflow") or {}).get("run_id") and record["mlflow"]["error"] is None:
+    if config.mode == "screening" or parent["run_id"] is None or _logged(state, parent):
         return
-    record["tags"] = {"mlflow.parentRunId": parent["run_id"] or "", "gptq.sweep": at.sweep_id(config), "gptq.cell": state.cell.name}
+    record["tags"] = {"mlflow.parentRunId": parent["run_id"], "gptq.sweep": at.sweep_id(config), "gptq.cell": state.cell.name}
     record["prefect_flow_run_id"] = record["prefect_flow_run_id"] or flow_run.get_id()
     record["mlflow"] = log(state.config, record)
     if record["mlflow"]["error"]:
         report.note(f"{state.cell.name}: computed, not recorded in MLflow: {record['mlflow']['error']}")
+
+
+def _logged(state: State, parent: dict[str, Any]) -> bool:
+    """Whether MLflow has the cell as a child of this very parent."""
+    known = state.record.get("mlflow") or {}
+    of_parent = (state.record.get("tags") or {}).get("mlflow.parentRunId") == parent["run_id"]
+    return bool(known.get("run_id")) and known["error"] is None and of_parent
 
 
 def _register(states: list[State], found: dict[str, Any], report: progress.Reporter) -> dict[str, Any] | None:

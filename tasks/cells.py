@@ -7,12 +7,14 @@ file of them would be read for as long. In a screening they are made once.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,14 @@ from typing import Any
 from gptq_core import allocation
 from gptq_core.checkpoint import reader
 from gptq_core.checkpoint.writer import replace_file
-from gptq_core.errors import InputError, OutputHeldError
+from gptq_core.errors import GPTQError, InputError, OutputHeldError
 from gptq_core.evaluation import original_bytes
 from tasks import record as records
 from tasks.choose import front, recommend
 from tasks.config import RunConfig
 from tasks.data import save
 from tasks.gate import judge, measured
-from tasks.prepare import Prepared, foresee, open_quantization, prepare
+from tasks.prepare import Prepared, fits, foresee, open_quantization, prepare
 from tasks.run import evaluated
 from tasks.supervise import Outcome
 from tasks.sweep import Cell, SweepConfig, cores, devices_of
@@ -71,11 +73,15 @@ def examine_cell(cell: Cell) -> State:
         prepared = prepare(cell.config)
         with open_quantization(cell.config, prepared.calibration) as job:
             key, finished = job.key, job.finished
+        if not finished:
+            fits(cell.config)
         record = records.read(cell.config.out)
     except OutputHeldError as error:
         return State(cell, "held", str(error))
     except InputError as error:
         return State(cell, "invalid", str(error))
+    except (GPTQError, OSError, ValueError) as error:  # a damaged manifest or record, a folder that cannot be read
+        return State(cell, "failed", f"{cell.config.out}: {type(error).__name__}: {error}")
     if finished and record and record.get("key") == key and evaluated(record, cell.config, prepared.evaluation.digest):
         return State(cell, "done", record=record | {"gate": judge(cell.config.gate, record) if cell.config.gate else None}, key=key)
     return State(cell, "missing", key=key)
@@ -101,6 +107,19 @@ def _screened(config: SweepConfig) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+@contextmanager
+def alone(config: SweepConfig) -> Iterator[None]:
+    """Hold the sweep's folder. OutputHeldError: another process sweeps there."""
+    path = config.folder / "shared" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputHeldError(f"dir = {str(config.folder)!r} is held by another sweep; wait for it or choose another folder") from error
+        yield
+
+
 def keep_screened(config: SweepConfig, found: dict[str, dict[str, Any]]) -> None:
     """Add figures by content key to those that the folder holds."""
     _write(config.folder / "screening.json", _screened(config) | found)
@@ -123,7 +142,8 @@ def places(config: SweepConfig, missing: list[State]) -> Places:
     """As many cells at a time as max_parallel, the cores, and the planned memory of the largest cell allow; one at least."""
     devices = devices_of(config)
     needed = max(_needs(state.config, devices) for state in missing)
-    slots = max(1, int(_free(devices) // needed))
+    free = _free(devices)
+    slots = len(missing) if free is None else max(1, int(free // needed))
     wanted = config.max_parallel or (cores() if devices == ["cpu"] else len(missing))
     slots = min(slots, -(-min(wanted, len(missing)) // len(devices)))
     used = min(len(devices) * slots, wanted)
@@ -135,8 +155,8 @@ def _needs(config: RunConfig, devices: list[str]) -> int:
     return max(1, estimate.host_bytes if devices == ["cpu"] else estimate.device_bytes)
 
 
-def _free(devices: list[str]) -> int:
-    """Memory that the cells of one device may use, in bytes."""
+def _free(devices: list[str]) -> int | None:
+    """Memory that the cells of one device may use, in bytes; None where the system does not tell."""
     from tasks.prepare import available_memory
 
     if devices == ["cpu"]:
@@ -195,11 +215,12 @@ def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tu
 def _original_key(config: RunConfig, prepared: Prepared) -> str:
     """sha256 of what decides the original's log-probabilities: its weights, the windows, device and library."""
     import torch
+    import transformers
 
     from gptq_core.architecture import choose_device
 
     model = reader.Checkpoint(reader.resolve(config.model.path, config.model.revision)).digest()
-    what = [model, prepared.evaluation.digest, choose_device(config.model.device).type, torch.__version__]
+    what = [model, prepared.evaluation.digest, choose_device(config.model.device).type, torch.__version__, transformers.__version__]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
@@ -260,9 +281,14 @@ def result(config: SweepConfig, states: list[State], computed: list[str], starte
 
 
 def settled(config: SweepConfig, states: list[State]) -> dict[str, Any] | None:
-    """sweep.json, where it tells all that there is to tell and MLflow knows it: then there is nothing to do."""
+    """sweep.json, where it tells all that there is to tell, and MLflow, registry and hooks know it: then there is nothing to do."""
     before = read(config)
-    if any(state.status == "missing" for state in states) or not before.get("mlflow") or before["mlflow"]["error"]:
+    if any(state.status == "missing" for state in states) or not before.get("mlflow"):
+        return None
+    told = [before["mlflow"], before.get("registry") or {}, *(before.get("notified") or {}).values()]
+    if config.mode == "exact":
+        told += [state.record.get("mlflow") or {"error": "not logged"} for state in states if state.status == "done"]
+    if any(outcome.get("error") for outcome in told):
         return None
     now = json.loads(json.dumps(result(config, states, [], time.perf_counter())))
     return before | {"computed": []} if all(before[key] == now[key] for key in ("config", "cells", "front", "recommended")) else None
@@ -272,8 +298,8 @@ def objection(found: dict[str, Any]) -> str | None:
     """Why a sweep is not a success, in one line: cells failed, or none can be recommended."""
     wrong = [row for row in found["cells"] if row["status"] != "done"]
     if wrong:
-        return (f"{len(wrong)} of {len(found['cells'])} cells failed ({wrong[0]['name']}: {wrong[0]['error']}): the others are complete; "
-                "run the same command again for what is missing")
+        return (f"{len(wrong)} of {len(found['cells'])} cells failed ({wrong[0]['name']}: {wrong[0]['error']}): the same command does what "
+                "is missing, once the reasons are gone")
     choice = found["recommended"]
     return None if choice["name"] else f"all cells are complete and none can be recommended ({choice['rule']}: {choice['reason']})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 Row = dict[str, Any]
@@ -20,8 +21,8 @@ def front(rows: list[Row], measure: str) -> list[str]:
 def recommend(rows: list[Row], *, rule: str, measure: str, max_gb: float | None, gated: bool, max_increase: float) -> dict[str, Any]:
     """{"name": of the cell or None, "rule": what was asked for, "reason": why it is this one or none}."""
     if rule == "best_within_size":
-        text = f"the best {measure} within {max_gb:g} GB"
-        fit = [row for row in _measured(rows, measure) if row["bytes"] <= max_gb * 1e9]
+        text = f"the best {measure} within {max_gb:g} GB" + (" that passes the gate" if gated else "")
+        fit = [row for row in _measured(rows, measure) if row["bytes"] <= max_gb * 1e9 and (not gated or row.get("gate") == "passed")]
         best = min(fit, key=lambda row: (row[measure], row["bytes"]), default=None)
     elif gated:
         text = "the smallest that passes the gate"
@@ -38,7 +39,7 @@ def recommend(rows: list[Row], *, rule: str, measure: str, max_gb: float | None,
 
 
 def _measured(rows: list[Row], measure: str) -> list[Row]:
-    return [row for row in rows if row.get("bytes") is not None and row.get(measure) is not None]
+    return [row for row in rows if row.get("bytes") is not None and row.get(measure) is not None and math.isfinite(row[measure])]
 
 
 def _or_last(value: float | None) -> float:

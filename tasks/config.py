@@ -93,9 +93,10 @@ STORE = re.compile(r"sqlite:///.|https?://.|(postgresql|mysql|mssql)(\+\w+)?://.
 STORES = "sqlite:///FILE.db, http(s)://HOST:PORT, or postgresql://, mysql:// or mssql:// (also as DIALECT+DRIVER://)"
 
 
-def without_password(uri: str) -> str:
-    """The address with stars for its password."""
-    return re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", uri)
+def without_password(text: str) -> str:
+    """An address, or a message that holds one, with stars for its password."""
+    text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
+    return re.sub(r"([?&](?:password|passwd|pwd|token|secret)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 class TrackingConfig(Schema):

@@ -43,6 +43,9 @@ class Worker:
                 return "ended", "the sweep ended before"
             if self._process is None:
                 self._start()
+            if self._retired:  # while it was started
+                self.close()
+                return "ended", "the sweep ended before"
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
             status, found = self._wait(until, note)
@@ -71,8 +74,9 @@ class Worker:
     def retire(self) -> None:
         """End the process for good: a job that is under way ends as "ended", from whatever thread it is waited for."""
         self._retired = True
-        if self._process is not None:
-            self._process.kill()
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +110,11 @@ class Worker:
                 note(event["text"])
 
     def _last_words(self) -> str:
-        code = self._process.wait() if self._process else 0
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:  # it said something that is no event, and lives
+            self._process.kill()
+            code = self._process.wait()
         with self.log.open("rb") as log:
             log.seek(self._begin)
             lines = log.read().decode(errors="replace").strip().splitlines()

@@ -108,6 +108,11 @@ class SweepConfig(Schema):
         for axis in axes:
             if dotted(axis).startswith(NOT_AXES):
                 raise ValueError(f"{axis} cannot be an axis: it belongs to the sweep; set it in base, or dir for the folders")
+        for axis in dict.fromkeys(axis for rule in self.exclude for axis in rule):
+            if dotted(axis) not in {dotted(own) for own in self.grid}:
+                raise ValueError(f"exclude: {axis} is no axis of the grid, so it leaves nothing out; axes are {', '.join(self.grid)}")
+        if not all(isinstance(section, dict) for section in self.base.values() if section is not None):
+            raise ValueError("base must hold sections with keys of their own, such as model: and quantization:")
         if self.ray_address and self.runner != "ray":
             raise ValueError("ray_address goes with runner: ray")
         if (self.base.get("output") or {}).get("dir"):
@@ -117,6 +122,9 @@ class SweepConfig(Schema):
             raise ValueError("no cells: give a grid such as {bits: [3, 4]}, or cells, and exclude fewer")
         if all(cell.config is None for cell in found):
             raise ValueError(f"no cell is valid; the first, {found[0].name}: {found[0].error}")
+        if self.runner == "ray" and (self.max_parallel or self.devices):
+            raise ValueError("max_parallel and devices are for this machine; Ray places the cells by `threads` and its GPUs: drop them, "
+                             "or set runner: local")  # fmt: skip
         if self.runner == "ray" and self.mode == "screening":
             raise ValueError("mode: screening is one pass in one process; set runner: local")
         return self
@@ -135,16 +143,22 @@ class SweepConfig(Schema):
         axes = list(self.grid)
         product = [dict(zip(axes, values, strict=True)) for values in itertools.product(*self.grid.values())] if axes else []
         kept = [cell for cell in product if not any(_agrees(cell, rule) for rule in self.exclude)]
-        unique = {json.dumps(cell, sort_keys=True, default=str): cell for cell in (*kept, *self.cells)}
+        unique = {cell_name(cell): cell for cell in (*kept, *self.cells)}
         return [self._cell(settings) for settings in unique.values()]
 
     def _cell(self, settings: Settings) -> Cell:
         name = cell_name(settings)
         overrides = {dotted(axis): value for axis, value in settings.items()} | {"output.dir": str(self.folder / name)}
+        if self.devices == ["cpu"]:
+            overrides["model.device"] = "cpu"
         try:
-            return Cell(name, settings, from_dict(self.base, overrides), None)
+            config = from_dict(self.base, overrides)
         except InputError as error:
             return Cell(name, settings, None, str(error))
+        if config.model.device.startswith("cuda:"):
+            number = config.model.device.partition(":")[2]
+            return Cell(name, settings, None, f"model.device = {config.model.device}: a cell sees one GPU alone; set devices: ['{number}']")
+        return Cell(name, settings, config, None)
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ def dotted(axis: str) -> str:
 def cell_name(settings: Settings) -> str:
     """A folder name that tells the settings: `bits=3_group_size=32`. Long values end in a digest."""
     parts = []
-    for axis, value in sorted(settings.items()):
+    for axis, value in sorted((dotted(axis), value) for axis, value in settings.items()):
         text = value if isinstance(value, str) else json.dumps(value)
         slug = re.sub(r"[^\w.+-]+", "-", text)
         if slug != text or len(slug) > 40:  # not the whole of it: told apart by a digest

@@ -20,7 +20,7 @@ from prefect.cache_policies import NO_CACHE
 
 from gptq_core.errors import InputError
 from tasks import record as records
-from tasks.config import RunConfig
+from tasks.config import RunConfig, without_password
 from tasks.figures import front, relative_errors, short_name
 from tasks.gate import failed, measured
 
@@ -60,9 +60,9 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
     try:
         return call(), None
     # requests' errors are OSErrors; a database whose driver is not installed is an ImportError, one of a newer MLflow a CommandError,
-    # and a setting that stands nowhere an InputError
-    except (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError, InputError) as error:
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    # a setting that stands nowhere an InputError, and an address that cannot be read a ValueError
+    except (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError, InputError, ValueError) as error:
+        return None, without_password(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def _log(config: RunConfig, record: dict[str, Any]) -> str:

@@ -165,6 +165,9 @@ def test_screening_ranks_without_checkpoints_and_says_so(home, run_yaml):
     kl = [rows(found)[f"bits={bits}_group_size=32"]["kl"] for bits in (2, 4, 8)]
     assert kl == sorted(kl, reverse=True)
     assert not list((home / "screen").rglob("model-*.safetensors")) and not list((home / "screen").rglob("manifest.jsonl"))
+    # what screening does not look at makes no other work: both cells have its figures
+    both = call(*args[:2], "bits=4", "--grid", "backend=auto,torch", *args[3:], "--json")
+    assert [row["status"] for row in json.loads(both.stdout)["cells"]] == ["done", "done"], both.output
     again = call(*args[:2], "bits=2,3,4,8", *args[3:], "--json")
     assert json.loads(again.stdout)["computed"] == ["bits=3_group_size=32"]
     assert [run.data.tags["gptq.mode"] for run in mlflow_runs(home) if run.info.run_name == "screen"] == ["screening"]

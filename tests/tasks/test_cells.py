@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import tasks.cells as at
+from gptq_core.errors import OutputHeldError
 from tasks.record import beside
 from tasks.sweep import SweepConfig
 
@@ -30,6 +31,7 @@ def machine(monkeypatch):
     def having(free):
         monkeypatch.setattr(at, "cores", lambda: 8)
         monkeypatch.setattr(at, "_free", lambda devices: free * GB)
+        monkeypatch.setattr(at, "fits", lambda config: ())
         monkeypatch.setattr(at, "foresee", lambda config: SimpleNamespace(estimate=SimpleNamespace(host_bytes=3 * GB, device_bytes=3 * GB)))
 
     return having
@@ -43,7 +45,7 @@ def placed(config):
 @pytest.mark.parametrize(("free", "keys", "expected"), [
     (100, {}, (1, 4, 4, 2)),  # a core or more for each of the four cells
     (7, {}, (1, 2, 2, 4)),  # two fit in memory
-    (1, {}, (1, 1, 1, 8)),  # none fits: one is tried, the run's own check has the last word
+    (1, {}, (1, 1, 1, 8)),  # none fits: one is tried, its own plan has had the last word
     (100, {"max_parallel": 3}, (1, 3, 3, 2)),
     (100, {"threads": 5}, (1, 4, 4, 5)),
     (7, {"devices": ["0", "1", "2"]}, (3, 2, 4, 2)),  # two fit on each of three GPUs, and there are four cells
@@ -91,7 +93,49 @@ def test_a_gate_judges_screened_cells_too(sweep, base):
     assert found["recommended"]["name"] == cells[1].name and "gate" in found["recommended"]["rule"]
 
 
+def test_a_damaged_cell_is_told_and_stops_no_other(sweep):
+    config = sweep()
+    folder = config.folder / "bits=3"
+    folder.mkdir(parents=True)
+    (folder / "manifest.jsonl").write_text("garbage\n")
+    found = {state.cell.name: state for state in at.examine(config)}
+    assert found["bits=3"].status != "done" and found["bits=3"].error
+    assert [found[f"bits={bits}"].status for bits in (2, 4, 8)] == ["missing"] * 3
+
+
+@pytest.mark.parametrize(("part", "broken"), [
+    ("cell", {"run_id": None, "error": "away"}), ("cell", None), ("notified", {"command": {"told": "x", "error": "code 3"}}),
+    ("registry", {"error": "away"}), ("mlflow", {"run_id": None, "error": "away"}),
+])  # fmt: skip
+def test_what_was_not_told_everywhere_is_not_settled(sweep, part, broken):
+    config, logged = sweep(grid={"bits": [3]}), {"run_id": "r", "error": None}
+    record = {"evaluation": {"kl": 0.1, "original_perplexity": 10.0, "quantized_perplexity": 10.1, "top1_agreement": 0.9}, "seconds": 1.0,
+              "assembly": {"bytes": 10, "bits_per_weight": 3.2}, "mlflow": logged}  # fmt: skip
+    state = at.State(config.expanded()[0], "done", record=record)
+    at.write(config, at.result(config, [state], [], 0.0) | {"mlflow": logged})
+    assert at.settled(config, [state])
+    if part == "cell":
+        state.record["mlflow"] = broken
+    else:
+        at.write(config, at.read(config) | {part: broken})
+    assert at.settled(config, [state]) is None
+
+
 def test_allocate_is_for_exact_cells(sweep, base):
     base = json.loads(json.dumps(base)) | {"quantization": base["quantization"] | {"allocate": {"bits": [2, 4], "budget_bpw": 3}}}
     [state] = at.examine(sweep(base=base, grid={"bits": [4]}, mode="screening"))
     assert state.status == "invalid" and "mode: exact" in state.error
+
+
+def test_a_cell_that_does_not_fit_is_invalid_before_it_starts(sweep, monkeypatch):
+    import tasks.prepare
+
+    monkeypatch.setattr(tasks.prepare, "available_memory", lambda: 1000)
+    assert {state.status for state in at.examine(sweep())} == {"invalid"}
+
+
+def test_two_sweeps_do_not_share_a_folder(sweep):
+    with at.alone(sweep()), pytest.raises(OutputHeldError, match="held by another sweep"), at.alone(sweep()):
+        pass
+    with at.alone(sweep()):
+        pass

@@ -37,7 +37,7 @@ CELLS = [row("w2", 2e9, 0.5, perplexity=15.0, gate="failed"), row("w3", 3e9, 0.1
 @pytest.mark.parametrize(("keys", "name"), [
     ({}, "w4b"), ({"max_increase": 0.06}, "w3"), ({"max_increase": 0.001}, None), ({"gated": True}, "w3"),
     ({"rule": "best_within_size", "max_gb": 3.5}, "w3"), ({"rule": "best_within_size", "max_gb": 9}, "w4b"),
-    ({"rule": "best_within_size", "max_gb": 1}, None),
+    ({"rule": "best_within_size", "max_gb": 1}, None), ({"rule": "best_within_size", "max_gb": 2.5, "gated": True}, None),
 ])  # fmt: skip
 def test_each_rule_picks_its_cell(keys, name):
     found = pick(CELLS, **keys)
@@ -45,4 +45,6 @@ def test_each_rule_picks_its_cell(keys, name):
 
 
 def test_a_perplexity_of_nan_fits_nothing():
-    assert pick([row("a", 1, 0.1, perplexity=math.nan)])["name"] is None
+    rows = [row("a", 1, math.nan, perplexity=math.nan), row("b", 2, 0.1)]
+    assert pick(rows[:1])["name"] is None and front(rows, "kl") == ["b"]
+    assert pick(rows, rule="best_within_size", max_gb=1)["name"] == "b"

@@ -8,7 +8,7 @@ import yaml
 from flows.demo import demo_config
 from gptq_core.config import RECIPES, QuantizeConfig
 from gptq_core.errors import InputError
-from tasks.config import RunConfig, from_dict, load, parse_setting
+from tasks.config import RunConfig, from_dict, load, parse_setting, without_password
 
 LEAST = {"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
 
@@ -224,3 +224,10 @@ def test_the_tracking_uri_may_stand_in_the_environment(monkeypatch):
     with pytest.raises(InputError, match="must be sqlite:///FILE.db") as error:
         _ = config.tracking.address
     assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "http://u:SECRET@h:1/x", "postgresql://u:p@SECRET@h/db", "API request to http://u:SECRET@h:9/api failed", "mysql://h/db?password=SECRET&x=1",
+])  # fmt: skip
+def test_a_password_in_an_address_or_a_message_becomes_stars(text):
+    assert "SECRET" not in without_password(text) and "***" in without_password(text)

@@ -27,6 +27,7 @@ def test_every_combination_is_a_cell_with_a_folder_and_a_config_of_its_own():
 
 def test_explicit_cells_join_the_grid_once_and_exclusions_leave_it():
     config = sweep(cells=[{"bits": 8}, {"bits": 4, "group_size": 32}], exclude=[{"bits": 3, "group_size": -1}, {"quantization.bits": 8}])
+    assert names(sweep(grid={"bits": [4]}, cells=[{"quantization.bits": 4}])) == ["bits=4"]
     assert names(config) == ["bits=3_group_size=32", "bits=4_group_size=32", "bits=4_group_size=-1", "bits=8"]
 
 
@@ -67,6 +68,10 @@ def test_an_invalid_combination_is_a_cell_with_its_reason_and_the_others_stand()
     ({"runner": "ray", "mode": "screening"}, "runner: local"),
     ({"choose": {"rule": "best_within_size"}}, "max_gb"),
     ({"max_parallel": 0}, "greater than 0"),
+    ({"exclude": [{"bitz": 3}]}, "no axis of the grid"),
+    ({"runner": "ray", "max_parallel": 2}, "runner: local"),
+    ({"base": BASE | {"model": {"path": "m", "device": "cuda:1"}}}, r"devices: \['1'\]"),
+    ({"base": BASE | {"output": "x"}}, "sections"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused_with_a_reason(keys, told):
     with pytest.raises(ValueError, match=told):
