@@ -176,10 +176,10 @@ def test_hessians_are_of_what_some_cell_selects(model, monkeypatch):
 def test_what_answers_to_upstream_is_set_aside(model, together):
     assert together["max"].set_aside == ("target_shift", "residual_shift", "tuning_steps")
     assert together["tuned"].set_aside == ()
-    best, other = QuantizeConfig(**W, recipe="best"), QuantizeConfig(**W, descent=2)
+    best, other = QuantizeConfig(**W, recipe="best"), QuantizeConfig(**W, recipe="tuned")
     found = screened(model, best=best, same=other, half=QuantizeConfig(**W, recipe="best", residual_shift=0))
     assert found["best"].set_aside == ("target_shift", "residual_shift") and found["half"].set_aside == ("target_shift",)
-    assert found["best"].kl == found["same"].kl == found["half"].kl == together["max"].kl
+    assert found["best"].kl == found["same"].kl == found["half"].kl == together["tuned"].kl
 
 
 @pytest.mark.parametrize("kind", [FactorizationError, torch.OutOfMemoryError])
