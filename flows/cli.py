@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 failed; 2 wrong usage or config; 75 the output is held by 
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,7 @@ def sweep(
     max_parallel: option(int, "Cells at a time.", panel="Options") = None,
     runner: option(str, "local, or ray.", panel="Options") = None,
     address: option(str, "Of the Ray cluster.", panel="Options") = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Run many configurations beside each other and recommend one: --grid bits=3,4 --grid group_size=32,128."""
@@ -122,7 +124,7 @@ def sweep(
         from tasks.sweep import load_sweep, parse_axis
 
         overrides = settings(set_, {"dir": str(out) if out else None, "mode": mode, "max_parallel": max_parallel, "runner": runner,
-                                    "ray_address": address})
+                                    "ray_address": address, "output.overwrite": overwrite or None})
         run_sweep(load_sweep(config, dict(parse_axis(axis) for axis in grid or []), overrides), as_json)
 
 
@@ -199,10 +201,10 @@ def serve(
 def run(config: Any) -> None:
     """Check everything that costs nothing, then start Prefect and the flow, then tell what came out."""
     from tasks import record as records
-    from tasks.prepare import check
+    from tasks.prepare import check, placed
 
-    for note in check(config):
-        typer.echo(f"note: {note}", err=True)
+    config = placed(config)
+    check(config)  # without Prefect; the flow tells its notes
     quiet()
     from flows.quantize import quantize as flow
     from flows.screen import show_run
@@ -225,15 +227,13 @@ def run(config: Any) -> None:
 
 def run_sweep(config: Any, as_json: bool) -> None:
     """Look at every cell, start Prefect and the flow where something is missing, and tell what came out."""
-    import time
-
     quiet()  # what is read from here on imports Prefect
     started = time.perf_counter()
     from tasks import cells
 
     states = cells.examine(config)
-    for state in cells.failed(states):
-        if state.status != "missing":
+    for state in states:
+        if state.status not in ("done", "missing"):
             typer.echo(f"note: {state.cell.name}: {state.error}", err=True)
     found, error = cells.settled(config, states), None
     if found:

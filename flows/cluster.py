@@ -27,9 +27,14 @@ def ray_runner(config: SweepConfig) -> RayTaskRunner:
 def ray_options(config: SweepConfig, places: Places) -> AbstractContextManager[object]:
     """What a cell asks of a node: its threads, and a share of a GPU where the cluster has any and the cells do not ask for the CPU."""
     import ray
+    import torch
     from prefect_ray.context import remote_options
 
     on_cpu = all(cell.config.model.device == "cpu" for cell in config.expanded() if cell.config)
     gpus = 0 if on_cpu or not ray.cluster_resources().get("GPU") else 1 / places.slots
+    if gpus and not torch.cuda.is_available():
+        # the kind of device is part of what a checkpoint is known by: done there would not count as done here
+        raise InputError("runner: ray on a cluster with GPUs must be started where there is one: start the sweep on such a node, "
+                         "or set base.model.device: cpu")  # fmt: skip
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     return remote_options(num_cpus=min(places.threads, largest), num_gpus=gpus)  # more than any node has would wait for ever

@@ -18,6 +18,7 @@ from gptq_core.errors import GPTQError
 from tasks import record as records
 from tasks.config import RunConfig
 from tasks.gate import demand, verdict
+from tasks.prepare import check, placed
 from tasks.run import compute
 from tasks.tracking import log
 
@@ -30,6 +31,9 @@ class EvaluationFailedError(GPTQError):
 def quantize(config: RunConfig) -> Any:
     """Quantize, evaluate and track as `config` says; the run record, which is what a caller gets. Nothing done: state "Unchanged"."""
     report, board, started = progress.reporter(), Board("quantize"), time.time() * 1000
+    config = placed(config)
+    for note in check(config):  # a run that the command line did not start is looked at here first
+        report.note(f"note: {note}")
     record = compute(config, report, advance=board.progress)
     record["prefect_flow_run_id"] = record["prefect_flow_run_id"] or flow_run.get_id()
     with report.stage("log"):

@@ -42,15 +42,6 @@ class SweepFailedError(GPTQError):
     """Cells of the sweep failed, or none can be recommended; what is done stays."""
 
 
-class Handle:
-    """The leases of a sweep, which Prefect does not look into."""
-
-    __slots__ = ("leases",)
-
-    def __init__(self, leases: Leases) -> None:
-        self.leases = leases
-
-
 @flow(name="sweep", flow_run_name="sweep-{config.folder.name}", on_running=[mark_dead_runs])
 def sweep(config: SweepConfig) -> Any:
     """Run the cells that are missing, log them, choose; sweep.json's content. Nothing to compute: state "Unchanged"."""
@@ -60,7 +51,7 @@ def sweep(config: SweepConfig) -> Any:
 
 def _sweep(config: SweepConfig) -> Any:
     report, board, started = progress.reporter(), Board("sweep"), time.perf_counter()
-    states = at.examine(config)
+    states, before = at.examine(config), at.read(config)
     missing = [state for state in states if state.status == "missing"]
     tracked = next(state.config for state in states if state.cell.config)
     parent = open_sweep(tracked, at.sweep_id(config), config.folder.name)
@@ -75,10 +66,10 @@ def _sweep(config: SweepConfig) -> Any:
             finished = dict(done(config, missing, parent, report, board, tick))
         states = [finished.get(state.cell.name, state) for state in states]
     found = at.result(config, states, [state.cell.name for state in missing], started)
-    found["registry"] = _register(states, found, report)
+    found |= {"registry": _register(states, found, report), "notified": before.get("notified")}
     at.write(config, found)
     found["mlflow"] = log_sweep(tracked, found, parent["run_id"]) if parent["run_id"] else parent
-    found["notified"] = tell(tracked.notify, at.happened(found), at.summary(found), at.read(config).get("notified"), report)
+    found["notified"] = tell(tracked.notify, at.happened(found), at.summary(found), found["notified"], report)
     at.write(config, found)
     board.lines(table(found), f"{config.folder}: {found['recommended']['rule']}: {found['recommended']['name']}")
     board.progress(100, "done")
@@ -96,7 +87,7 @@ Tick = Callable[[int, str], None]
 
 
 @task(name="cell", cache_policy=NO_CACHE)
-def run_cell(name: str, job: Job, limits: dict[str, Any], logs: str, folder: str, handle: Handle | None) -> Any:
+def run_cell(name: str, job: Job, limits: dict[str, Any], logs: str, folder: str, leases: Leases | None) -> Any:
     """One job in a worker: a leased one of this machine, or one of its own where Ray has put the task. An Outcome.
 
     folder: the working directory of the sweep, to which paths are relative on every node.
@@ -106,8 +97,8 @@ def run_cell(name: str, job: Job, limits: dict[str, Any], logs: str, folder: str
     def note(text: str) -> None:
         report.note(f"{name}: {text}")
 
-    if handle is not None:
-        with handle.leases.lease() as worker:
+    if leases is not None:
+        with leases.lease() as worker:
             outcome = supervise(worker, job, limits, note)
     else:
         worker = Worker(INHERITED, Path(logs) / f"worker-{name}.log", job["threads"], folder)
@@ -124,7 +115,7 @@ def _exact(
     """Cells as they finish: logged, and told."""
     places, by_name = at.places(config, missing), {state.cell.name: state for state in missing}
     report.note(f"{len(missing)} cells, {places.at_once} at a time with {places.threads} threads each")
-    with _cells(config, places, report) as run:
+    with _cells(config, places) as run:
         wanted, originals = at.original_jobs(config, missing, places.threads)
         for key, outcome in run(wanted):
             if outcome["status"] == "done":
@@ -142,9 +133,7 @@ def _exact(
 
 
 @contextmanager
-def _cells(
-    config: SweepConfig, places: Places, report: progress.Reporter
-) -> Iterator[Callable[[dict[str, Job]], Iterator[tuple[str, Outcome]]]]:
+def _cells(config: SweepConfig, places: Places) -> Iterator[Callable[[dict[str, Job]], Iterator[tuple[str, Outcome]]]]:
     """A function that runs jobs and yields their outcomes as they come: by workers of this machine, or on a Ray cluster."""
     limits, logs = config.limits.model_dump(), (config.folder / "shared").absolute()
     leases = Leases(places.devices, places.slots, places.threads, logs) if config.runner == "local" else None
@@ -155,7 +144,7 @@ def _cells(
             with nullcontext() if leases else ray_options(config, places):
                 for name, job in jobs.items():
                     given = {"name": name, "job": job, "limits": limits, "logs": str(logs), "folder": os.getcwd(),
-                             "handle": Handle(leases) if leases else None}  # fmt: skip
+                             "leases": leases}  # fmt: skip
                     names[runner.submit(run_cell.with_options(task_run_name=name[:200]), given)] = name
             for future in as_completed(list(names)):
                 yield names[future], _outcome(future)
@@ -186,7 +175,7 @@ def _screening(
     by_key, count = {}, 0
     for state in missing:
         by_key.setdefault(state.key, []).append(state)  # cells may differ in what screening does not look at, and share a result
-    with _cells(config, places, report) as run:
+    with _cells(config, places) as run:
         jobs = {f"screening-{index}": job for index, job in enumerate(at.screening_jobs(config, missing, places.threads))}
         for name, outcome in run(jobs):
             cells = outcome["result"]["cells"] if outcome["result"] else {}

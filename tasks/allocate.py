@@ -14,7 +14,7 @@ from gptq_core.calibration import Windows
 from gptq_core.checkpoint.writer import replace_file
 from tasks.config import RunConfig
 from tasks.evaluate import Progress
-from tasks.prepare import allocation_file, allocation_key
+from tasks.prepare import allocation_file, request_key
 
 
 @task(name="allocate", cache_policy=NO_CACHE)
@@ -26,7 +26,7 @@ def allocate(config: RunConfig, windows_file: str, progress: Progress) -> dict[s
         config.model.path, config.quantization, windows, device=config.model.device, dtype=config.model.dtype,
         revision=config.model.revision, progress=progress.call,
     )
-    record = {"key": allocation_key(config, windows), "seconds": time.perf_counter() - started, "shares": chosen.shares, **chosen.record()}
+    record = {"key": request_key(config, windows), "seconds": time.perf_counter() - started, "shares": chosen.shares, **chosen.record()}
     path = allocation_file(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(record, indent=2) + "\n").encode())

@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from tasks.choose import front, recommend
 from tasks.config import RunConfig
 from tasks.data import save
 from tasks.gate import judge, measured
-from tasks.prepare import Prepared, fits, foresee, open_quantization, prepare
+from tasks.prepare import Prepared, available_memory, existing, fits, foresee, open_quantization, prepare
 from tasks.run import evaluated
 from tasks.supervise import Outcome
 from tasks.sweep import Cell, SweepConfig, cores, devices_of
@@ -103,8 +103,7 @@ def _examine_screening(cell: Cell, screened: dict[str, Any]) -> State:
 
 
 def _screened(config: SweepConfig) -> dict[str, Any]:
-    path = config.folder / "screening.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _read(config.folder / "screening.json", "its cells are screened again")
 
 
 @contextmanager
@@ -117,6 +116,8 @@ def alone(config: SweepConfig) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputHeldError(f"dir = {str(config.folder)!r} is held by another sweep; wait for it or choose another folder") from error
+        for draft in path.parent.glob(".*-original-*.npy"):  # of a sweep that was killed
+            draft.unlink()
         yield
 
 
@@ -157,8 +158,6 @@ def _needs(config: RunConfig, devices: list[str]) -> int:
 
 def _free(devices: list[str]) -> int | None:
     """Memory that the cells of one device may use, in bytes; None where the system does not tell."""
-    from tasks.prepare import available_memory
-
     if devices == ["cpu"]:
         return available_memory()
     import torch
@@ -206,9 +205,10 @@ def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tu
         size = original_bytes(model.path, windows, model.revision)
         if file.is_file():
             stored[key] = str(file)
-        elif len(states) > 1 and size <= min(STORED_ORIGINAL, shutil.disk_usage(_existing(config.folder)).free // 2):
-            found[key] = {"kind": "original", "threads": threads, "model": model.path, "revision": model.revision, "device": model.device,
-                          "windows": save(windows, file.parent, "evaluation")["file"], "file": str(file)}
+        elif len(states) > 1 and size <= min(STORED_ORIGINAL, shutil.disk_usage(existing(config.folder)).free // 2):
+            found[key] = {"kind": "original", "threads": threads, "memory_gb": config.limits.memory_gb, "model": model.path,
+                          "revision": model.revision, "device": model.device, "file": str(file),
+                          "windows": save(windows, file.parent, "evaluation")["file"]}
     return found, stored
 
 
@@ -222,10 +222,6 @@ def _original_key(config: RunConfig, prepared: Prepared) -> str:
     model = reader.Checkpoint(reader.resolve(config.model.path, config.model.revision)).digest()
     what = [model, prepared.evaluation.digest, choose_device(config.model.device).type, torch.__version__, transformers.__version__]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.absolute().parent)
 
 
 # -- what came out --------------------------------------------------------------------------------------------------------
@@ -246,10 +242,12 @@ def row(state: State) -> dict[str, Any]:
     """What the table, the front and MLflow tell of a cell."""
     found = {"name": state.cell.name, "settings": state.cell.settings, "status": state.status, "error": state.error, "bytes": None,
              "bits_per_weight": None, "original_perplexity": None, "perplexity": None, "kl": None, "agreement": None, "seconds": None,
-             "gate": None, "fallback_layers": None, "out": None, "mlflow_run_id": None}
+             "gate": None, "fallback_layers": None, "out": None, "mlflow_run_id": None, "judged_on": None}
     record = state.record
     if state.status != "done":
         return found
+    model = state.config.model
+    found["judged_on"] = f"{model.path}@{model.revision or ''} {prepare(state.config).evaluation.digest[:12]}"
     if record.get("mode") == "screening":
         # in the form of a run's record, so that one gate judges both
         found["set_aside"] = list(record["set_aside"])
@@ -326,13 +324,16 @@ def sweep_id(config: SweepConfig) -> str:
 
 def read(config: SweepConfig) -> dict[str, Any]:
     """sweep.json as it lies in the folder; {} where there is none."""
-    path = config.folder / "sweep.json"
+    return _read(config.folder / "sweep.json", "the cells stay")
+
+
+def _read(path: Path, without: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}): remove it; the cells stay") from error
+        raise InputError(f"{path} cannot be read ({error}): remove it; {without}") from error
 
 
 def write(config: SweepConfig, found: dict[str, Any]) -> Path:
@@ -343,7 +344,3 @@ def _write(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
     return path
-
-
-def failed(states: Iterable[State]) -> list[State]:
-    return [state for state in states if state.status != "done"]

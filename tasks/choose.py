@@ -6,16 +6,17 @@ import math
 from typing import Any
 
 Row = dict[str, Any]
-"""One cell: name, bytes, kl, perplexity, original_perplexity, gate (passed, failed or None), ..."""
+"""One cell: name, bytes, kl, perplexity, original_perplexity, gate (passed, failed or None), judged_on (model and text), ..."""
 
 
 def front(rows: list[Row], measure: str) -> list[str]:
-    """Names of the cells that no other one matches or beats in both size and `measure`, the smallest first."""
-    kept: list[Row] = []
+    """Names of the cells that no other one of the same model and text matches or beats in both size and `measure`, the smallest first."""
+    kept, best = [], {}
     for row in sorted(_measured(rows, measure), key=lambda row: (row["bytes"], row[measure])):
-        if not kept or row[measure] < kept[-1][measure]:
-            kept.append(row)
-    return [row["name"] for row in kept]
+        if row[measure] < best.get(row.get("judged_on"), math.inf):
+            best[row.get("judged_on")] = row[measure]
+            kept.append(row["name"])
+    return kept
 
 
 def recommend(rows: list[Row], *, rule: str, measure: str, max_gb: float | None, gated: bool, max_increase: float) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def recommend(rows: list[Row], *, rule: str, measure: str, max_gb: float | None,
     if best is None:
         return {"name": None, "rule": text, "reason": f"none of {len(rows)} cells"}
     reason = f"{best['bits_per_weight']:.3f} bits per weight, {_told(best)}; {len(fit)} of {len(rows)} cells fit"
+    if len({row.get("judged_on") for row in fit}) > 1:
+        reason += f"; they are of several models or texts, between which {measure} cannot be compared"
     return {"name": best["name"], "rule": text, "reason": reason}
 
 

@@ -69,7 +69,8 @@ class EvaluationConfig(Schema):
 
 class OutputConfig(Schema):
     dir: str | None = None
-    """Folder of the checkpoint; null: runs/<model>-w<bits, or the budget>g<group_size>. `<dir>.run.json` and `<dir>.work` lie beside it."""
+    """Folder of the checkpoint; null: runs/<model>-w<bits, or the budget>g<group_size>. `<dir>.run.json` and `<dir>.work` lie beside it.
+    {key} in it stands for 12 digits of what the work is known by (model, texts, settings): what changes gets a folder of its own."""
     overwrite: bool = False
     """Replace a checkpoint of another config that is already there; false: that is an error."""
     profile: Literal["mixed", "portable"] = "mixed"

@@ -198,14 +198,18 @@ def shortages(config: RunConfig, found: Foreseen) -> list[Shortage]:
     if costs.device_bytes and torch.cuda.is_available():
         free = torch.cuda.mem_get_info(choose_device(config.model.device))[0]
         needs.append((f"memory of {costs.device}", costs.device_bytes, free, f"{fewer}; choose another model.device"))
-    out = config.out.absolute()
-    folder = next(path for path in (out, *out.parents) if path.is_dir())
-    needs.append(("disk", costs.write_bytes, shutil.disk_usage(folder).free, "choose an output.dir on another disk, or free space"))
+    free = shutil.disk_usage(existing(config.out)).free
+    needs.append(("disk", costs.write_bytes, free, "choose an output.dir on another disk, or free space"))
     return [
         Shortage(f"{what}: {need / 1e9:.2f} GB are needed, {there / 1e9:.2f} GB are free (must fit)", remedy, need > TOLERANCE * there)
         for what, need, there, remedy in needs
         if there is not None and need > there
     ]
+
+
+def existing(path: Path) -> Path:
+    """The folder that is there already, of a path that may not be."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def fits(config: RunConfig, found: Foreseen | None = None) -> tuple[str, ...]:
@@ -220,12 +224,24 @@ def fits(config: RunConfig, found: Foreseen | None = None) -> tuple[str, ...]:
     return tuple(f"{shortage}; by an estimate that is good to a fifth" for shortage in short)
 
 
+KEY = "{key}"
+
+
+def placed(config: RunConfig) -> RunConfig:
+    """`config` with the {key} of its output.dir filled in."""
+    if KEY not in (config.output.dir or ""):
+        return config
+    key = request_key(config, prepare(config).calibration)[:12]
+    return config.model_copy(update={"output": config.output.model_copy(update={"dir": config.output.dir.replace(KEY, key)})})
+
+
 def allocation_file(config: RunConfig) -> Path:
     """Where the widths lie that were chosen for this output, with the key of what they were chosen for."""
     return beside(config.out, ".work") / "allocation.json"
 
 
-def allocation_key(config: RunConfig, calibration: Windows) -> str:
+def request_key(config: RunConfig, calibration: Windows) -> str:
+    """sha256 of the request: model, settings, calibration windows, kind of device and this code."""
     return allocation.key(config.model.path, config.quantization, calibration, device=config.model.device, dtype=config.model.dtype,
                           revision=config.model.revision)
 
@@ -239,7 +255,7 @@ def stored_allocation(config: RunConfig, calibration: Windows) -> dict[str, Any]
         record = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}): remove it, and the widths are chosen anew") from error
-    return record if isinstance(record, dict) and record.get("key") == allocation_key(config, calibration) else None
+    return record if isinstance(record, dict) and record.get("key") == request_key(config, calibration) else None
 
 
 def open_quantization(config: RunConfig, calibration: Windows) -> Quantization:

@@ -6,7 +6,8 @@ and the digest of the manifest stand in the tags, as they do everywhere.
 
 The alias moves to a version that is better than the one that holds it, by the gate's measure, where both were judged on the same
 windows. Judged on others, the two cannot be compared and the alias stays; it moves again once the holder's config is run with the
-new text (its checkpoint is only evaluated), or once the alias is taken from it.
+new text (its checkpoint is only evaluated), or once the alias is taken from it. A holder whose files this work has replaced
+(output.overwrite) is none any more; with {key} in output.dir nothing is replaced.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def _promote(config: RunConfig, record: dict[str, Any], run_id: str) -> dict[str
         where = f"version {holder.version} keeps the alias" if holder else "the alias is not given"
         return outcome | {"note": f"{where}: {note}"}
     client.set_registered_model_alias(gate.register_as, gate.alias, outcome["version"])
+    if holder and holder.tags.get("gptq.checkpoint") == tags["gptq.checkpoint"]:
+        outcome["note"] = f"the files of version {holder.version} were replaced by this run, so it loses the alias"
     return outcome | {"champion": True, "beaten": str(holder.version) if holder else None}
 
 
@@ -81,11 +84,14 @@ def version_tags(config: RunConfig, record: dict[str, Any]) -> dict[str, str]:
 
 
 def objection(own: dict[str, str], held: dict[str, str] | None, measure: str) -> str | None:
-    """Why a version does not take the alias from the one that holds it; None: it does. held: None where nobody holds it."""
+    """Why a version does not take the alias from the one that holds it; None: it does. held: None where nobody holds it.
+
+    One that lies in the same folder and is another piece of work has lost its files to this one.
+    """
     value, other = (float(tags.get(f"gptq.{measure}", "nan")) for tags in (own, held or {}))
     if not math.isfinite(value):
         return f"its {measure} is {value}"
-    if held is None:
+    if held is None or held.get("gptq.checkpoint", "") == own["gptq.checkpoint"]:
         return None
     if held.get("gptq.evaluation") != own["gptq.evaluation"] or math.isnan(other):
         return f"not judged by {measure} on the same windows; run the holder's config with this text, or take the alias from it"

@@ -100,7 +100,10 @@ class OutputFolder:
         if not path.is_file():
             return []
         # every complete line ends in a newline: what follows the last one is a write that a crash cut off
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{path}: a line cannot be read ({error}): remove {folder}, and its work is done anew") from error
 
     def _intact(self, record: dict[str, Any]) -> bool:
         path = self.partial / record["file"]

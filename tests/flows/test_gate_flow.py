@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -124,6 +125,18 @@ def test_a_run_computed_under_its_gate_is_judged_registered_and_told(place, quan
     assert quantize(place / "fresh", 4).exit_code == 0
     record = records.read(place / "fresh")
     assert record["gate"] is None and record["registry"] is None and tags(place, "fresh")["gptq.gate"] == ""
+
+
+def test_with_a_key_in_the_folder_a_version_keeps_its_files(place, quantize):
+    nightly, limits = place / "nightly-{key}", ["gate.max_kl=100", "gate.register_as=tiny"]
+    for bits in (8, 4, 4):
+        result = quantize(nightly, bits, *limits)
+        assert result.exit_code == 0, result.output
+    assert "unchanged" in result.stderr
+    found = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db").search_model_versions("name='tiny'")
+    folders = {str(version.version): Path(version.tags["gptq.checkpoint"]) for version in found}
+    assert len(folders) == 2 and len(set(folders.values())) == 2 and all((path / "manifest.jsonl").is_file() for path in folders.values())
+    assert all(path.name.startswith("nightly-") and "{" not in path.name for path in folders.values())
 
 
 def test_hooks_that_fail_cost_a_note(place, quantize):

@@ -201,3 +201,17 @@ def test_prefect_going_away_costs_only_its_own_record(home, args, monkeypatch):
     result = call(*args)
     assert result.exit_code == 0 and "computed, not recorded in Prefect" in result.stderr
     assert "KL per token" in result.stdout
+
+
+def test_a_flow_that_the_command_line_did_not_start_looks_first(args, home, monkeypatch):
+    import tasks.prepare
+    from flows.quantize import quantize
+    from gptq_core.errors import InputError
+    from tasks.config import from_dict
+
+    config = from_dict({"model": {"path": str(args[2])}, "quantization": {"bits": 4, "group_size": 32, "dataset": str(args[4])},
+                        "output": {"dir": str(home / "never")}})  # fmt: skip
+    monkeypatch.setattr(tasks.prepare, "available_memory", lambda: 1_000_000)
+    with pytest.raises(InputError, match="memory: .* are free"):
+        quantize(config)
+    assert not (home / "never").exists() and not (home / "never.partial").exists()

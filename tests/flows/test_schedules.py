@@ -183,6 +183,16 @@ def first(prefect, nightly, quick):
     return run, prefect.until(run, "COMPLETED"), {name: prefect.state(found) for name, found in ids.items()}
 
 
+def children(parent: int, sign: str) -> list[int]:
+    """Processes that `parent` has started and whose command line holds `sign`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent and sign in (path / "cmdline").read_text():
+                found.append(int(path.name))
+    return found
+
+
 def free(out: Path) -> bool:
     """Nobody holds the lock of an output."""
     with open(f"{out}.lock", "a") as lock:
@@ -198,7 +208,7 @@ def test_the_deployment_is_the_demo_every_night_and_nothing_of_this_machine_is_i
     deployments = {row["name"]: row for row in yaml.safe_load(text)["deployments"]}
     config = RunConfig.model_validate(deployments["nightly-quantize"]["parameters"]["config"])
     demo = load(request.config.rootpath / "configs" / "demo.yaml")
-    assert config.model_copy(update={"output": demo.output}) == demo and config.output.overwrite
+    assert config.model_copy(update={"output": demo.output}) == demo
     assert str(request.config.rootpath) not in text and str(Path.home()) + "/" not in text
 
 
@@ -206,7 +216,7 @@ def test_the_form_has_the_keys_of_a_run_and_a_wrong_value_is_refused(prefect, ni
     schema = nightly["parameter_openapi_schema"]["definitions"]
     assert schema["QuantizeConfig"]["properties"]["bits"]["enum"] == [2, 3, 4, 8]
     assert set(RunConfig.model_fields) == set(schema["RunConfig"]["properties"])
-    assert nightly["parameters"]["config"]["output"] == {"dir": "runs/nightly", "overwrite": True}
+    assert nightly["parameters"]["config"]["output"] == {"dir": "runs/nightly-{key}"}
     [schedule] = nightly["schedules"]
     assert schedule["active"] and schedule["schedule"] == {"cron": "0 2 * * *", "timezone": "UTC", "day_or": True}
     assert nightly["global_concurrency_limit"]["limit"] == 1 and nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
@@ -267,6 +277,19 @@ def test_overlap_is_refused_and_a_cancelled_run_frees_its_device_and_is_resumed(
     again = prefect.ask(nightly, slow)
     prefect.wait("the block is taken from disk", lambda: "s, from disk" in prefect.under_way(again))
     prefect.post(f"/flow_runs/{again}/set_state", {"state": {"type": "CANCELLING"}})
+
+
+def test_a_cancelled_sweep_leaves_no_worker(prefect, first, slow):
+    folder = prefect.home / "sweep"
+    config = {"base": {section: slow[section] for section in slow if section != "output"}, "grid": {"bits": [3, 4]}, "dir": str(folder)}
+    run = prefect.ask(prefect.deployment("weekly-sweep", "sweep"), config)
+    prefect.wait("a cell's first block is done", lambda: "block 1/4" in prefect.under_way(run))
+    workers = children(int(prefect.get(f"/flow_runs/{run}")["labels"][dead_runs.PROCESS].split()[0]), "tasks.worker")
+    prefect.post(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    prefect.until(run, "CANCELLED")
+    assert workers
+    prefect.wait("the workers are gone", lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 60)
+    assert free(folder / "bits=3") and free(folder / "bits=4")
 
 
 def test_serve_runs_the_same_file_without_a_worker(prefect, first, quick, request):

@@ -140,6 +140,43 @@ def test_cells_without_memory_or_time_are_reported_beside_one_that_has_both(home
     assert result.exit_code == 0 and len(json.loads(result.stdout)["computed"]) == 2
 
 
+def test_a_cell_that_takes_too_long_is_ended(home, run_yaml, monkeypatch):
+    args = [run_yaml, "--grid", "bits=3,4", "--set", "quantization.group_size=32", "--out", home / "late", "--json"]
+    result = call(*args, "--set", "limits.minutes=0.001", "--set", "max_parallel=1")
+    found = rows(json.loads(result.stdout))
+    assert result.exit_code == 1 and {row["status"] for row in found.values()} == {"time"}
+    assert "limits.minutes = 0.001" in found["bits=3"]["error"] and "2 of 2 cells failed" in result.stderr
+
+
+def test_hooks_are_told_once_and_again_when_something_has_changed(home, run_yaml):
+    args = [run_yaml, "--set", "quantization.group_size=32", "--out", home / "told", "--json",
+            "--set", "choose.max_perplexity_increase=100", "--set", f"notify.command=cat >> {home}/told.txt; echo >> {home}/told.txt"]  # fmt: skip
+
+    def told(*grid):
+        assert call(*args, "--grid", *grid).exit_code == 0
+        return len((home / "told.txt").read_text().splitlines())
+
+    assert told("bits=4") == 1
+    # sweep.json is written again for another reason: MLflow had not taken the parent
+    path = home / "told" / "sweep.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"mlflow": found["mlflow"] | {"error": "was away"}}))
+    assert told("bits=4") == 1
+    assert told("bits=3,4") == 2
+
+
+def test_a_text_that_has_changed_asks_for_overwrite(home, run_yaml, tmp_path, corpus):
+    text = tmp_path / "text.txt"
+    text.write_text(Path(corpus).read_text())
+    args = [run_yaml, "--grid", "bits=4", "--set", "quantization.group_size=32", "--set", f"quantization.dataset={text}", "--out",
+            tmp_path / "s", "--json", "--set", "choose.max_perplexity_increase=100"]  # fmt: skip
+    assert call(*args).exit_code == 0
+    text.write_text(Path(corpus).read_text()[1000:])
+    result = call(*args)
+    assert result.exit_code == 1 and "--overwrite" in result.stderr
+    assert call(*args, "--overwrite").exit_code == 0
+
+
 def test_the_text_is_read_once_and_the_original_run_once(home, run_yaml, monkeypatch):
     import tasks.cells
     import tasks.prepare

@@ -26,6 +26,12 @@ def test_cells_without_numbers_are_on_no_front():
     assert front([row("a", None, None), row("b", 1, 0.5), row("c", 1, None)], "kl") == ["b"]
 
 
+def test_cells_of_several_models_or_texts_are_compared_only_with_their_like():
+    rows = [row("a", 1, 0.5) | {"judged_on": "x"}, row("b", 2, 0.9) | {"judged_on": "y"}, row("c", 3, 0.6) | {"judged_on": "x"}]
+    assert front(rows, "kl") == ["a", "b"]
+    assert "cannot be compared" in pick(rows)["reason"] and "cannot be compared" not in pick(rows[::2])["reason"]
+
+
 def pick(rows, **keys):
     return recommend(rows, **{"rule": "smallest_within_gate", "measure": "kl", "max_gb": None, "gated": False, "max_increase": 0.05} | keys)
 

@@ -134,6 +134,14 @@ def test_on_another_text_nobody_is_better(made):
     assert promote_in_mlflow(*other)["champion"] and holder(first[0]) == "2"
 
 
+def test_a_holder_whose_files_were_replaced_loses_the_alias_even_to_a_worse_one(made):
+    config, record = made("one", 0.25)
+    promote_in_mlflow(config, record)
+    outcome = promote_in_mlflow(config, record | {"key": "another", "evaluation": record["evaluation"] | {"kl": 0.5}})
+    assert (outcome["version"], outcome["champion"], outcome["beaten"]) == ("2", True, "1") and holder(config) == "2"
+    assert outcome["note"] == "the files of version 1 were replaced by this run, so it loses the alias"
+
+
 def test_the_measure_decides(made):
     promote_in_mlflow(*made("one", 0.25, increase=0.1))
     loses = made("two", 0.5, increase=0.05)
@@ -155,7 +163,7 @@ def test_aliases_and_names_are_those_of_the_gate(made):
 ])  # fmt: skip
 def test_broken_and_missing_numbers(own, held, said):
     text = {"gptq.evaluation": "e"}
-    found = objection({**own, **text}, None if held is None else {**held, **text}, "kl")
+    found = objection({**own, **text, "gptq.checkpoint": "a"}, None if held is None else {**held, **text, "gptq.checkpoint": "b"}, "kl")
     assert found is None if said is None else said in found
 
 
