@@ -150,7 +150,8 @@ def test_a_cell_that_takes_too_long_is_ended(home, run_yaml, monkeypatch):
 
 def test_hooks_are_told_once_and_again_when_something_has_changed(home, run_yaml):
     args = [run_yaml, "--set", "quantization.group_size=32", "--out", home / "told", "--json",
-            "--set", "choose.max_perplexity_increase=100", "--set", f"notify.command=cat >> {home}/told.txt; echo >> {home}/told.txt"]  # fmt: skip
+            "--set", "choose.max_perplexity_increase=100",
+            "--set", f"notify.command=cat >> {home}/told.txt; echo >> {home}/told.txt"]  # fmt: skip
 
     def told(*grid):
         assert call(*args, "--grid", *grid).exit_code == 0
