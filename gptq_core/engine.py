@@ -39,6 +39,7 @@ from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
+from gptq_core.distribution import distribution
 from gptq_core.errors import InputError
 from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian, Shift
@@ -309,6 +310,8 @@ class Quantization:
                 solutions, tuning = self._tune(index, block, wanted, solutions, inputs)
         with self._timed("pack"):
             shard = self._packed(tensors, solutions)
+            for name, solution in solutions.items():
+                reports[name] |= distribution(solution, self.selection.layers[name].config.bits)
         with self._timed("write"):
             record = {"kind": "block", "block": index, "layers": list(reports.values())} | ({"tuning": tuning} if tuning else {})
             return self.output.write_shard(self._file(index), shard, record)
@@ -413,7 +416,7 @@ class Quantization:
         [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, None, self._timed)
         packed = self._packed({n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}, {name: solution})
         rest |= packed
-        return [report]
+        return [report | distribution(solution, self.selection.layers[name].config.bits)]
 
     def _write_json(self) -> None:
         config = json.loads((self.source.folder / "config.json").read_text())

@@ -9,8 +9,8 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
   permutation and the factor, n·o float32 for the weights, their transposes, errors and slopes. See `_solving`.
 - tuning: latents, their gradients and Adam's two moments, float32 each, and every tensor of a few windows' forward for the backward.
 - head, where it is quantized: as solving, for the rows of the whole vocabulary.
-- evaluation: both models whole and dense, the logits of a few windows five times over (two log-probabilities and what KL makes of
-  them), and the hidden states that the engine has not given up yet. Of a small vocabulary and a large model this is the highest.
+- evaluation: both models whole and dense, the logits of a few windows, or positions of one, five times over (two log-probabilities and
+  what KL makes of them), and the hidden states that the engine has not given up yet. For a large model this is the highest.
 - allocation, where widths are chosen: block by block PROBE_TOKENS tokens for each unit and width.
 
 On the CPU all of that is in the process. Source shards are mapped: what was read of them counts as resident, but the system takes
@@ -38,7 +38,7 @@ from gptq_core.allocation import PROBE_TOKENS, PROBED_WIDTHS, units_of
 from gptq_core.config import QuantizeConfig
 from gptq_core.engine import TOKENS_PER_FORWARD
 from gptq_core.errors import InputError
-from gptq_core.evaluation import LOGITS_AT_ONCE
+from gptq_core.evaluation import pieces
 from gptq_core.factor import factorize
 from gptq_core.footprint import Footprint, footprints, resident
 from gptq_core.hessian import PANELS, SMALLEST_PANEL, Hessian
@@ -200,9 +200,9 @@ class _Costs:
             units = len(units_of(self.found.selection))
             probe = max(PROBE_TOKENS, self.texts.seqlen) * self.hidden * self.dtype.itemsize
             found["allocation"] = found["walk"] + units * PROBED_WIDTHS * probe
-        logits = max(1, LOGITS_AT_ONCE // (self.vocabulary * self.texts.evaluation_seqlen)) * self.texts.evaluation_seqlen
-        forward = max(kind.highest for kind in self.kinds) / self.texts.seqlen * logits
-        found["evaluation"] = kept + 2 * self.whole_model + 5 * logits * self.vocabulary * FLOAT + forward
+        windows, positions = pieces(self.vocabulary, self.texts.evaluation_seqlen)
+        forward = max(kind.highest for kind in self.kinds) / self.texts.seqlen * windows * self.texts.evaluation_seqlen
+        found["evaluation"] = kept + 2 * self.whole_model + 5 * windows * positions * self.vocabulary * FLOAT + forward
         return {name: int(size) for name, size in found.items()}
 
     def _walk(self, kind: Footprint, hidden: int) -> int:

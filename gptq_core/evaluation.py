@@ -1,15 +1,18 @@
 """Perplexity and KL per token, on a checkpoint as it is read back from disk.
 
 Perplexity as the papers do: non-overlapping windows, mean negative log-likelihood over the targets inside each. KL is
-KL(original ‖ quantized) of the next-token distributions, mean over the same positions. Logits of a few windows at a time are
-turned to log-probabilities in float32; the size text × vocabulary is never held.
+KL(original ‖ quantized) of the next-token distributions, mean over the same positions. Logits of a few windows, or of some positions
+of one window where the vocabulary is large, are turned to log-probabilities in float32; neither text × vocabulary nor a whole window ×
+a large vocabulary is ever held.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ from gptq_core.errors import CorruptCheckpointError, InputError
 from gptq_core.linear import load_quantized, to_dense
 
 LOGITS_AT_ONCE = 2**22
-"""Logits of one forward, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache. A single window may exceed it."""
+"""Logits that are held at a time, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache."""
+FEWEST_POSITIONS = 128
+"""Of a window that exceeds it, so many positions at least: the head's weights are read once for each piece."""
 
 Progress = Callable[[int, int], None]
 
@@ -36,25 +41,28 @@ class Comparison:
 
     def __init__(self, kl: bool = True) -> None:
         self._kl = kl
-        self._nll, self._divergence, self._agreed, self._count = [0.0, 0.0], 0.0, 0, 0
+        self._nll, self._divergence, self._agreed, self._flipped, self._count = [0.0, 0.0], 0.0, 0, 0, 0
 
-    def add(self, original: Tensor, quantized: Tensor, batch: Tensor) -> None:
-        """Add some windows: (positions, vocabulary) log-probabilities of both models, and the windows' token ids."""
-        targets = batch[:, 1:].flatten()
+    def add(self, original: Tensor, quantized: Tensor, targets: Tensor) -> None:
+        """Add some positions: (positions, vocabulary) log-probabilities of both models, and the tokens (positions,) that came."""
         for index, log_probabilities in enumerate((original, quantized)):
             self._nll[index] -= log_probabilities.gather(-1, targets[:, None]).double().sum().item()
         if self._kl:
             self._divergence += (original.exp() * (original - quantized)).sum(-1).double().sum().item()
-            self._agreed += int((original.argmax(-1) == quantized.argmax(-1)).sum())
+            before, after = original.argmax(-1), quantized.argmax(-1)
+            self._agreed += int((before == after).sum())
+            self._flipped += int(((before == targets) != (after == targets)).sum())
         self._count += targets.numel()
 
     def figures(self) -> dict[str, Any]:
-        """Perplexities; KL(original ‖ quantized) per token and top-1 agreement, both None without `kl`; and the tokens judged."""
+        """Perplexities; KL(original ‖ quantized) per token, top-1 agreement, and flips, the share of positions where one model's top
+        token is right and the other's is not, all three None without `kl`; and the tokens judged."""
         return {
             "original_perplexity": math.exp(self._nll[0] / self._count),
             "quantized_perplexity": math.exp(self._nll[1] / self._count),
             "kl": self._divergence / self._count if self._kl else None,
             "top1_agreement": self._agreed / self._count if self._kl else None,
+            "flips": self._flipped / self._count if self._kl else None,
             "tokens": self._count,
         }
 
@@ -86,12 +94,19 @@ def evaluate_one(
 ) -> dict[str, Any]:
     """{"perplexity", "tokens"} of one model, dense or quantized. backend: who runs the quantized linears, as in `load_quantized`."""
     model = load_for_evaluation(model_path, device, backend=backend)
-    nll, count = 0.0, 0
-    for batch in _batches(windows, model, progress):
-        targets = batch[:, 1:].flatten()
-        nll -= _log_probabilities(model, batch).gather(-1, targets[:, None]).double().sum().item()
-        count += targets.numel()
-    return {"perplexity": math.exp(nll / count), "tokens": count}
+    losses = window_losses(model, windows, progress)
+    return {"perplexity": perplexity(losses, windows), "tokens": windows.count * (windows.seqlen - 1)}
+
+
+def window_losses(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> list[float]:
+    """The negative log-likelihood of each window's targets, in nats, summed."""
+    found = [-pairs[0].gather(-1, pairs[1][:, None]).double().flatten().cpu() for pairs in _judged(model, windows, progress)]
+    return torch.cat(found).view(windows.count, -1).sum(1).tolist()
+
+
+def perplexity(losses: list[float], windows: Windows) -> float:
+    """Of a text whose windows have these losses."""
+    return math.exp(sum(losses) / (windows.count * (windows.seqlen - 1)))
 
 
 def evaluate_pair(
@@ -106,16 +121,16 @@ def evaluate_pair(
     stored: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token and top-1 agreement.
+    """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token, top-1 agreement and flips.
 
-    kl and top1_agreement are None with `kl=False`. backend: who runs the linears of `checkpoint`, as in `load_quantized`.
+    kl, top1_agreement and flips are None with `kl=False`. backend: who runs the linears of `checkpoint`, as in `load_quantized`.
     stored: a file that `store_original` wrote for this original and these windows; the original is not run then.
     """
     model = load_for_evaluation(checkpoint, device, backend=backend)
     originals = _originals(original_path, windows, device, revision) if stored is None else _stored(Path(stored), windows)
     comparison = Comparison(kl)
-    for batch, answer in zip(_batches(windows, model, progress), originals, strict=True):
-        comparison.add(answer.to(batch.device), _log_probabilities(model, batch), batch)
+    for answer, (found, targets) in zip(originals, _judged(model, windows, progress), strict=True):
+        comparison.add(answer.to(found.device), found, targets)
     return comparison.figures() | {"windows": windows.count}
 
 
@@ -136,17 +151,17 @@ def store_original(
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     draft, first = path.with_name(f".{os.getpid()}-{path.name}"), 0
     kept = np.lib.format.open_memmap(draft, "w+", np.float32, (windows.count, windows.seqlen - 1, vocabulary))
-    for batch in _batches(windows, model, progress):
-        kept[first : first + len(batch)] = _log_probabilities(model, batch).cpu().view(len(batch), -1, vocabulary)
-        first += len(batch)
+    rows = kept.reshape(-1, vocabulary)  # a view
+    for found, _ in _judged(model, windows, progress):
+        rows[first : first + len(found)] = found.cpu()
+        first += len(found)
     kept.flush()
     draft.replace(path)
 
 
 def _originals(model_path: str, windows: Windows, device: str, revision: str | None) -> Iterator[Tensor]:
-    model = load_for_evaluation(model_path, device, revision)
-    for batch in _batches(windows, model, None):
-        yield _log_probabilities(model, batch)
+    for found, _ in _judged(load_for_evaluation(model_path, device, revision), windows):
+        yield found
 
 
 def _stored(path: Path, windows: Windows) -> Iterator[Tensor]:
@@ -154,30 +169,59 @@ def _stored(path: Path, windows: Windows) -> Iterator[Tensor]:
     if kept.shape[:2] != (windows.count, windows.seqlen - 1):
         raise InputError(f"{path} holds {kept.shape[0]} × {kept.shape[1]} positions (must be {windows.count} × {windows.seqlen - 1}, "
                          "those of the windows): remove it")  # fmt: skip
-    size = windows_at_once(kept.shape[2], windows)
-    for first in range(0, windows.count, size):
-        yield torch.from_numpy(np.array(kept[first : first + size])).flatten(0, 1)
+    at_once, positions = pieces(kept.shape[2], windows.seqlen)
+    for first in range(0, windows.count, at_once):
+        for start in range(0, windows.seqlen - 1, positions):
+            yield torch.from_numpy(np.array(kept[first : first + at_once, start : start + positions])).flatten(0, 1)
 
 
-def windows_at_once(vocabulary: int, windows: Windows) -> int:
-    """Windows whose logits are computed in one forward."""
-    return max(1, LOGITS_AT_ONCE // (vocabulary * windows.seqlen))
+def pieces(vocabulary: int, seqlen: int) -> tuple[int, int]:
+    """Windows in one forward, and positions of each whose logits are held at once."""
+    windows = LOGITS_AT_ONCE // (vocabulary * seqlen)
+    return (windows, seqlen - 1) if windows else (1, min(seqlen - 1, max(FEWEST_POSITIONS, LOGITS_AT_ONCE // vocabulary)))
 
 
-def _batches(windows: Windows, model: PreTrainedModel, progress: Progress | None) -> Iterator[Tensor]:
-    device, done = next(model.parameters()).device, 0
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    for batch in windows.tokens.split(windows_at_once(vocabulary, windows)):
-        yield batch.to(device)
+def vocabulary_of(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _judged(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(positions, vocabulary) log-probabilities in float32 and the tokens (positions,) that came, piece by piece through the text."""
+    device = next(model.parameters()).device
+    at_once, positions = pieces(vocabulary_of(model), windows.seqlen)
+    done = 0
+    for batch in windows.tokens.split(at_once):
+        batch = batch.to(device)
+        targets = batch[:, 1:]
+        with _logits(model, batch, positions) as logits:
+            for start in range(0, windows.seqlen - 1, positions):
+                wanted = torch.arange(start, min(start + positions, windows.seqlen - 1), device=device)
+                yield torch.log_softmax(logits(wanted).flatten(0, 1).float(), -1), targets[:, wanted].flatten()
         done += batch.shape[0]
         if progress:
             progress(done, windows.count)
 
 
-@torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """The model's own logits, so that scaling and capping of any kind are in them."""
-    return log_probabilities(model(input_ids=batch, use_cache=False).logits)
+@contextmanager
+def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from positions to their logits: the model's own, so that scaling and capping of any kind are in them.
+
+    Where not all positions are wanted at once, the body is run once and the model's forward is run on what it said, a piece at a time.
+    """
+    body = model.base_model
+    sliceable = body is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
+    if positions >= batch.shape[1] - 1 or not sliceable:
+        with torch.no_grad():
+            found = model(input_ids=batch, use_cache=False).logits
+        yield lambda wanted: found[:, wanted]
+        return
+    with torch.no_grad():
+        said = body(input_ids=batch, use_cache=False)
+    body.forward = lambda *_args, **_kwargs: said  # hides the method of the class
+    try:
+        yield torch.no_grad()(lambda wanted: model(input_ids=batch, use_cache=False, logits_to_keep=wanted).logits)
+    finally:
+        del body.forward
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

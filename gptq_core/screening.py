@@ -54,7 +54,7 @@ from gptq_core.checkpoint.reader import resolve
 from gptq_core.config import QuantizeConfig
 from gptq_core.engine import TOKENS_PER_FORWARD, Quantization
 from gptq_core.errors import FactorizationError, InputError
-from gptq_core.evaluation import Comparison, log_probabilities, windows_at_once
+from gptq_core.evaluation import Comparison, log_probabilities, pieces, vocabulary_of
 from gptq_core.factor import Factor, column_order, factorize
 from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian
@@ -287,7 +287,7 @@ class _Cells(OriginalStream):
                 return
             self._pass(index)
             on_block(index + 1, self.block_count)
-        self._finish(windows_at_once(self.decoder.model.config.get_text_config(decoder=True).vocab_size, heldout))
+        self._finish(pieces(vocabulary_of(self.decoder.model), heldout.seqlen)[0])
 
     def _alive(self) -> list[_Cell]:
         return [cell for cell in self._cells if not cell.error]
@@ -330,10 +330,10 @@ class _Cells(OriginalStream):
         for number, batch in enumerate(self._heldout):
             for start in range(0, len(batch), at_once):
                 here = slice(start, start + at_once)
-                original = self._answers(batch[here], self._heldout_hidden[number][here])
+                original, targets = self._answers(batch[here], self._heldout_hidden[number][here]), batch[here][:, 1:].flatten()
                 for cell in self._alive():
                     with quantized(cell.weights({name: head}, self.dtype)):
-                        cell.comparison.add(original, self._answers(batch[here], cell.hidden[number][here]), batch[here])
+                        cell.comparison.add(original, self._answers(batch[here], cell.hidden[number][here]), targets)
 
     def _answers(self, batch: Tensor, hidden: Tensor) -> Tensor:
         return log_probabilities(walk.logits(self.decoder.model, self.decoder.blocks, batch, hidden, self._as_tuple))

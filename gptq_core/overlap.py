@@ -1,0 +1,28 @@
+"""How much of one text stands in another: what a model was calibrated on must not judge it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+NGRAM = 16
+"""Tokens in a row that two texts of one language seldom share by chance."""
+BASE = 6364136223846793005
+"""Odd, so that multiplying by it modulo 2⁶⁴ loses nothing (Knuth's MMIX)."""
+
+
+def overlap(judged: Int64[Tensor, "windows tokens"], seen: Int64[Tensor, "others length"], ngram: int = NGRAM) -> float:
+    """Share of the n-grams inside the windows of `judged` that also stand inside a window of `seen`; 0 where windows are shorter."""
+    digests = [_digests(windows, ngram) for windows in (judged, seen)]
+    if not all(digest.numel() for digest in digests):
+        return 0.0
+    return torch.isin(*digests).double().mean().item()
+
+
+def _digests(windows: Tensor, ngram: int) -> Tensor:
+    """One number for each n-gram, a polynomial of its tokens modulo 2⁶⁴ (int64 wraps around)."""
+    found = windows.new_zeros(windows.shape[0], max(0, windows.shape[1] - ngram + 1))
+    for place in range(ngram):
+        found = found * BASE + windows[:, place : place + found.shape[1]] + 1
+    return found.flatten()
