@@ -195,15 +195,15 @@ def _judged(model: PreTrainedModel, windows: Windows, progress: Progress | None 
         targets = batch[:, 1:]
         with _logits(model, batch, positions) as logits:
             for start in range(0, windows.seqlen - 1, positions):
-                wanted = torch.arange(start, min(start + positions, windows.seqlen - 1), device=device)
-                yield torch.log_softmax(logits(wanted).flatten(0, 1).float(), -1), targets[:, wanted].flatten()
+                here = slice(start, min(start + positions, windows.seqlen - 1))
+                yield torch.log_softmax(logits(here).flatten(0, 1).float(), -1), targets[:, here].flatten()
         done += batch.shape[0]
         if progress:
             progress(done, windows.count)
 
 
 @contextmanager
-def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[Callable[[Tensor], Tensor]]:
+def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[Callable[[slice], Tensor]]:
     """A function from positions to their logits: the model's own, so that scaling and capping of any kind are in them.
 
     Where not all positions are wanted at once, the body is run once and the model's forward is run on what it said, a piece at a time.
@@ -213,13 +213,19 @@ def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[C
     if positions >= batch.shape[1] - 1 or not sliceable:
         with torch.no_grad():
             found = model(input_ids=batch, use_cache=False).logits
-        yield lambda wanted: found[:, wanted]
+        yield lambda here: found[:, here]
         return
     with torch.no_grad():
         said = body(input_ids=batch, use_cache=False)
     body.forward = lambda *_args, **_kwargs: said  # hides the method of the class
     try:
-        yield torch.no_grad()(lambda wanted: model(input_ids=batch, use_cache=False, logits_to_keep=wanted).logits)
+
+        @torch.no_grad()
+        def piece(here: slice) -> Tensor:
+            wanted = torch.arange(here.start, here.stop, device=batch.device)
+            return model(input_ids=batch, use_cache=False, logits_to_keep=wanted).logits
+
+        yield piece
     finally:
         del body.forward
 

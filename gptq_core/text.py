@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from gptq_core.errors import InputError
@@ -25,6 +26,8 @@ class HubText:
     calibration_split: str
     evaluation_split: str
     data_files: dict[str, str] | None = None
+    evaluation_documents: int | None = None
+    """Documents of the evaluation split that the papers judge by; None: all."""
 
 
 HUB = {
@@ -32,6 +35,7 @@ HUB = {
     "c4": HubText(
         "allenai/c4", None, "train", "validation",
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+        evaluation_documents=1100,
     ),
 }  # fmt: skip
 HUB["c4-new"] = HUB["c4"]  # Optimum's second name for the same files
@@ -49,6 +53,8 @@ def read_documents(dataset: str | list[str], evaluation: bool = False) -> Iterat
         documents = _from_hub(dataset, evaluation)
     else:
         path = Path(dataset).expanduser()
+        if dataset == "ptb" and not path.is_file():
+            raise InputError("dataset 'ptb': the hub has it as a script alone, which is not run; give its test text as a .txt file")
         if not path.is_file():
             raise InputError(
                 f"dataset {dataset!r}: no such file, and not a known name ({', '.join(HUB)}); "
@@ -109,5 +115,5 @@ def _from_hub(name: str, evaluation: bool) -> Iterator[str]:
         reason = str(error).splitlines()[0]
         raise InputError(f"dataset {name!r} ({where.repository}) cannot be read from the hub or its cache: {reason}; "
                          "give a local .txt, .jsonl or .parquet file instead") from error  # fmt: skip
-    for row in rows:
+    for row in islice(rows, where.evaluation_documents if evaluation else None):
         yield row[TEXT_COLUMN]

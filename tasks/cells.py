@@ -27,8 +27,9 @@ from gptq_core.evaluation import original_bytes
 from tasks import record as records
 from tasks.choose import front, recommend
 from tasks.config import RunConfig
-from tasks.data import save
+from tasks.data import overlap_record, save
 from tasks.gate import judge, measured
+from tasks.measuring import check_measures
 from tasks.prepare import Prepared, available_memory, existing, fits, foresee, open_quantization, prepare
 from tasks.run import evaluated
 from tasks.supervise import Outcome
@@ -75,6 +76,7 @@ def examine_cell(cell: Cell) -> State:
             key, finished = job.key, job.finished
         if not finished:
             fits(cell.config)
+            check_measures(cell.config)
         record = records.read(cell.config.out)
     except OutputHeldError as error:
         return State(cell, "held", str(error))
@@ -172,7 +174,8 @@ def jobs(config: SweepConfig, missing: list[State], threads: int, originals: dic
     for state in missing:
         prepared, folder = prepare(state.config), records.beside(state.config.out, ".work")
         data = {"calibration": save(prepared.calibration, folder, "calibration"),
-                "evaluation": save(prepared.evaluation, folder, "evaluation"), "notes": list(prepared.notes), "seconds": 0.0}
+                "evaluation": save(prepared.evaluation, folder, "evaluation"), "overlap": overlap_record(prepared),
+                "notes": list(prepared.notes), "seconds": 0.0}
         found[state.cell.name] = common | {"config": state.config.model_dump(mode="json"), "data": data,
                                            "original": originals.get(_original_key(state.config, prepared))}
     return found
@@ -208,7 +211,8 @@ def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tu
         elif len(states) > 1 and size <= min(STORED_ORIGINAL, shutil.disk_usage(existing(config.folder)).free // 2):
             found[key] = {"kind": "original", "threads": threads, "memory_gb": config.limits.memory_gb, "model": model.path,
                           "revision": model.revision, "device": model.device, "file": str(file),
-                          "windows": save(windows, file.parent, "evaluation")["file"]}
+                          "windows": save(windows, file.parent, "evaluation")["file"],
+                          "config": states[0].config.model_dump(mode="json") if states[0].config.evaluation.measures else None}
     return found, stored
 
 

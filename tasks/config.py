@@ -13,8 +13,9 @@ from urllib.parse import parse_qsl, urlsplit
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from gptq_core.config import QuantizeConfig, Schema, explain
+from gptq_core.config import QuantizeConfig, Schema, explain, kernel_name
 from gptq_core.errors import InputError
+from tasks.measures import Measure, expanded
 from tasks.settings import FORMS, is_reference, resolve
 
 Positive = Annotated[int, Field(gt=0)]
@@ -60,11 +61,24 @@ class EvaluationConfig(Schema):
     """Also measure KL(original || quantized) per token in nats, and how often both prefer the same next token."""
     samples: Positive | None = None
     """At most this many windows; null: all of the text."""
+    strict: bool = False
+    """Refuse a run whose held-out text overlaps with its calibration windows; false: that is a note with the share."""
+    measures: list[Measure] = Field(default_factory=list)
+    """What else is measured, on the checkpoint and on the original: perplexity of more texts, tasks of lm-eval. A name stands for the
+    preset of configs/measures; a text file for its perplexity."""
+    runner: Literal["torch", "gptqmodel", "vllm"] | None = None
+    """Who runs the checkpoint: torch (this library), a kernel of gptqmodel (that of quantization.backend, or its torch kernel), or vllm,
+    which runs the tasks alone. null: as quantization.backend says."""
+
+    @field_validator("measures", mode="before")
+    @classmethod
+    def _presets(cls, value: Any) -> Any:
+        return expanded(value)
 
     @property
     def has_tasks(self) -> bool:
-        """Whether tasks are run, so that there is a recovery to set a limit on. No kind of task is known yet."""
-        return False
+        """Whether tasks are run, so that there is a recovery to set a limit on."""
+        return any(measure.kind == "tasks" for measure in self.measures)
 
 
 class OutputConfig(Schema):
@@ -142,7 +156,7 @@ class GateConfig(Schema):
     max_kl: Above | None = None
     """KL(original || quantized) per token in nats."""
     min_recovery: Share | None = None
-    """Task score, quantized over original; 1 is no loss."""
+    """Score of a task, quantized over original, of the task that loses most; 1 is no loss."""
     max_gb: Above | None = None
     """Size of the checkpoint's tensor files in GB (1e9 bytes)."""
     max_fallback_layers: Annotated[int, Field(ge=0)] | None = None
@@ -219,8 +233,8 @@ class RunConfig(Schema):
             raise ValueError(f"gate.{key} needs the KL: set evaluation.kl: true, or use max_perplexity_increase and "
                              "measure: perplexity_increase")
         if gate and gate.min_recovery is not None and not self.evaluation.has_tasks:
-            raise ValueError(f"gate.min_recovery = {gate.min_recovery:g} needs the scores of tasks, and this version evaluates none: "
-                             "leave it out; max_kl and max_perplexity_increase are measured")
+            raise ValueError(f"gate.min_recovery = {gate.min_recovery:g} needs the scores of tasks, and none are run: name some in "
+                             "evaluation.measures, such as [arc_easy], or use max_kl or max_perplexity_increase")
         return self
 
     @model_validator(mode="after")
@@ -244,6 +258,14 @@ class RunConfig(Schema):
             width = f"{wanted.budget_bpw:g}" if wanted.budget_bpw is not None else f"{wanted.budget_gb:g}gb-"
         return Path("runs") / f"{name.strip('.-') or 'model'}-w{width}g{group}"
 
+    @property
+    def evaluation_backend(self) -> str | None:
+        """Who runs the linears of the checkpoint when it is evaluated, as in load_quantized."""
+        own, runner = self.quantization.backend, self.evaluation.runner
+        if runner == "gptqmodel":
+            return own if kernel_name(own) else "gptq_torch"
+        return "torch" if runner == "torch" else own
+
     def to_yaml(self) -> str:
         """The expanded config; loading it gives an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -253,7 +275,12 @@ class RunConfig(Schema):
         rooms = {room: values for room, values in self.model_dump(mode="json").items() if values is not None}
         rows = {f"{room}.{key}": value for room, values in rooms.items() for key, value in values.items()}
         rows["output.dir"] = str(self.out)
+        rows["evaluation.measures"] = ", ".join(_measure_name(measure) for measure in self.evaluation.measures) or None
         return {key: f"{len(value)} given in the config" if isinstance(value, list) else value for key, value in rows.items()}
+
+
+def _measure_name(measure: Measure) -> str:
+    return measure.label if measure.kind == "perplexity" else " ".join(measure.tasks)
 
 
 OPTIONAL = tuple(room for room, field in RunConfig.model_fields.items() if field.default is None)

@@ -11,23 +11,33 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gptq_core.calibration import Windows
+from gptq_core.overlap import NGRAM
 from tasks.config import RunConfig
-from tasks.prepare import prepare
+from tasks.prepare import Prepared, prepare
 from tasks.record import beside
 
 
 @task(name="prepare_dataset", cache_policy=NO_CACHE)
 def prepare_dataset(config: RunConfig) -> dict[str, Any]:
-    """{"calibration": record, "evaluation": record, "notes": [...], "seconds": s}; a record tells file, digest, source, sizes."""
+    """{"calibration": record, "evaluation": record, "overlap": as in the run record, "notes": [...], "seconds": s}; a record tells file,
+    digest, source and sizes."""
     started = time.perf_counter()
     prepared = prepare(config)
     folder = beside(config.out, ".work")
     return {
         "calibration": save(prepared.calibration, folder, "calibration"),
         "evaluation": save(prepared.evaluation, folder, "evaluation"),
+        "overlap": overlap_record(prepared),
         "notes": list(prepared.notes),
         "seconds": time.perf_counter() - started,
     }
+
+
+def overlap_record(prepared: Prepared) -> dict[str, Any]:
+    """What of the held-out text is calibrated on too, for the run record."""
+    windows = prepared.evaluation
+    share, judged = prepared.overlap
+    return {"share": share, "calibration_share": judged, "ngram": NGRAM, "positions": windows.count * max(0, windows.seqlen - NGRAM + 1)}
 
 
 def save(windows: Windows, folder: Path, role: str) -> dict[str, Any]:

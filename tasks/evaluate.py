@@ -1,4 +1,4 @@
-"""Perplexity and KL of a checkpoint as it lies on disk."""
+"""Perplexity and KL of a checkpoint as it lies on disk, and whatever else it is measured by."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from prefect.cache_policies import NO_CACHE
 from gptq_core import backends
 from gptq_core.calibration import Windows
 from gptq_core.evaluation import evaluate_one, evaluate_pair
+from tasks.config import RunConfig
+from tasks.measuring import measure_all
 
 
 class Progress:
@@ -21,6 +23,12 @@ class Progress:
 
     def __init__(self, call: Callable[[int, int], None] | None) -> None:
         self.call = call
+
+
+@task(name="measure", cache_policy=NO_CACHE)
+def measure(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
+    """The rows of config.evaluation.measures, on the checkpoint and on the original."""
+    return measure_all(config, progress.call)
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
@@ -35,7 +43,7 @@ def evaluate(checkpoint: str, windows_file: str, original: str | None, revision:
     if original is None:
         alone = evaluate_one(checkpoint, windows, device=device, backend=backend, progress=progress.call)
         numbers = {"original_perplexity": None, "quantized_perplexity": alone["perplexity"], "kl": None, "top1_agreement": None,
-                   "tokens": alone["tokens"], "windows": windows.count}
+                   "flips": None, "tokens": alone["tokens"], "windows": windows.count}
     else:
         numbers = dict(evaluate_pair(original, checkpoint, windows, kl=kl, revision=revision, device=device, backend=backend,
                                      stored=stored, progress=progress.call))

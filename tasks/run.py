@@ -21,8 +21,9 @@ from tasks import record as records
 from tasks.allocate import allocate
 from tasks.config import RunConfig
 from tasks.data import prepare_dataset
-from tasks.evaluate import Progress, evaluate
+from tasks.evaluate import Progress, evaluate, measure
 from tasks.gate import judge
+from tasks.measuring import measures_key
 from tasks.prepare import open_quantization, stored_allocation
 from tasks.quantize import Handle, assemble, capture_calibration, quantize_block
 
@@ -46,6 +47,7 @@ class Steps:
     quantize_block: Callable[..., dict[str, Any]] = quantize_block
     assemble: Callable[..., dict[str, Any]] = assemble
     evaluate: Callable[..., dict[str, Any]] = evaluate
+    measure: Callable[..., list[dict[str, Any]]] = measure
 
     @classmethod
     def plain(cls) -> Steps:
@@ -86,9 +88,10 @@ def compute(
             if allocation:
                 record["stage_seconds"]["allocate"] = allocation["seconds"]
         records.write(config.out, record)
-        if record["evaluation"] is None:
+        if not evaluated(record, config, data["evaluation"]["digest"]):
             advance(90, "evaluate")
             _evaluate(config, record, report, steps, original)
+            record["evaluation"] = record["evaluation"] and record["evaluation"] | {"overlap": data["overlap"]}
             write_card(config.out, record["evaluation"])
     if record["seconds"] is None:
         record |= {"seconds": time.perf_counter() - started, "finished_ms": int(time.time() * 1000),
@@ -132,13 +135,26 @@ def _quantize(
 
 
 def _evaluate(config: RunConfig, record: dict[str, Any], report: Reporter, steps: Steps, original: str | None) -> None:
-    held_out = record["evaluation_data"]
+    """Fill in what the record lacks: first the held-out text, then the measures; what fails costs nothing that was measured before."""
+    held_out, key = record["evaluation_data"], measures_key(config)
     try:
-        with report.stage("evaluate", held_out["windows"]) as tick:
-            record["evaluation"] = steps.evaluate(
-                str(config.out), held_out["file"], config.model.path, config.model.revision, config.model.device, config.evaluation.kl,
-                Progress(lambda done, total: tick(done)), config.quantization.backend, original)
-        record["stage_seconds"]["evaluate"] = record["evaluation"]["seconds"]
+        if record["evaluation"] is None:
+            with report.stage("evaluate", held_out["windows"]) as tick:
+                record["evaluation"] = steps.evaluate(
+                    str(config.out), held_out["file"], config.model.path, config.model.revision, config.model.device, config.evaluation.kl,
+                    Progress(lambda done, total: tick(done)), config.evaluation_backend, original)
+            record["stage_seconds"]["evaluate"] = record["evaluation"]["seconds"]
+        found = {"measures": [], "measured": key, "recovery": None}
+        if key:
+            started = time.perf_counter()
+            with report.stage("measure", len(config.evaluation.measures)) as tick:
+                found["measures"] = steps.measure(config, Progress(lambda done, total: tick(done)))
+            scores = [row["recovery"] for row in found["measures"] if row["kind"] == "tasks" and row["recovery"] is not None]
+            found["recovery"] = min(scores, default=None)
+            record["stage_seconds"]["measure"] = time.perf_counter() - started
+            for row in found["measures"]:
+                report.note(row["sentence"])
+        record["evaluation"] |= found
     # what a device, a disk, a kernel or a model's own code ends with; the checkpoint stands, and the run tells it at its end
     except (GPTQError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, MemoryError, ImportError) as error:
         record["evaluation_error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -146,20 +162,28 @@ def _evaluate(config: RunConfig, record: dict[str, Any], report: Reporter, steps
 
 def _record(config: RunConfig, key: str, data: dict[str, Any], allocation: dict[str, Any] | None) -> dict[str, Any]:
     """The stored record if it is of this very work and text, else a new one; it keeps what the work already told."""
-    stored = records.read(config.out)
+    stored, digest = records.read(config.out), data["evaluation"]["digest"]
     same_work = stored is not None and stored.get("key") == key
-    if same_work and evaluated(stored, config, data["evaluation"]["digest"]):
+    if same_work and evaluated(stored, config, digest):
         return stored
     record = records.new(config, key)
     if same_work:
         record |= {"blocks": stored["blocks"], "stage_seconds": stored["stage_seconds"]}
+        if _judged(stored, config, digest):
+            record["evaluation"] = stored["evaluation"]
     return record | {"calibration_data": data["calibration"], "evaluation_data": data["evaluation"], "allocation": allocation}
 
 
 def evaluated(record: dict[str, Any], config: RunConfig, digest: str) -> bool:
     """Whether a record has the numbers that `config` asks for, of the held-out windows with this digest."""
+    return _judged(record, config, digest) and record["seconds"] is not None and \
+        record["evaluation"].get("measured") == measures_key(config)
+
+
+def _judged(record: dict[str, Any], config: RunConfig, digest: str) -> bool:
+    """Whether it has those of the held-out text, whatever the measures say."""
     found = record.get("evaluation")
-    if not found or record["seconds"] is None:
+    if not found:
         return False
-    same_runner = found.get("backend", "torch") == (kernel_name(config.quantization.backend) or "torch")
+    same_runner = found.get("backend", "torch") == (kernel_name(config.evaluation_backend) or "torch")
     return found["digest"] == digest and same_runner and (found["kl"] is not None) == config.evaluation.kl

@@ -99,6 +99,7 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     from gptq_core.evaluation import store_original
     from tasks import record as records
     from tasks.config import from_dict
+    from tasks.measuring import measure_original
     from tasks.run import Steps, compute
 
     # after all imports: the limit is for the work
@@ -114,6 +115,8 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     if job["kind"] == "original":
         windows = Windows.load(job["windows"])
         store_original(job["model"], windows, Path(job["file"]), revision=job["revision"], device=job["device"])
+        if job["config"]:
+            measure_original(from_dict(job["config"]))
         return {"file": job["file"]}
     if job["kind"] == "screening":
         model, cells = job["model"], {name: QuantizeConfig(**values) for name, values in job["cells"].items()}

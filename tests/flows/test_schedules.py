@@ -306,5 +306,5 @@ def test_serve_runs_the_same_file_without_a_worker(prefect, first, quick, reques
     states = [prefect.until(run, "COMPLETED", "CANCELLED") for run in runs]
     assert sorted(state["name"] for state in states) == ["Cancelled", "Unchanged"]
     process.send_signal(signal.SIGINT)
-    process.wait(60)
+    process.wait(START)
     assert prefect.deployment("served")["paused"], "what nobody runs is not scheduled"

@@ -1,0 +1,161 @@
+"""The measures of a run: each on the checkpoint as it lies on disk and on the original, whose scores are kept by content key.
+
+Scores of the original lie in `.originals` beside the checkpoints, so runs of one folder, and the cells of a sweep, share them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gptq_core.architecture import choose_device
+from gptq_core.calibration import Windows, evaluation_windows
+from gptq_core.checkpoint.reader import Checkpoint, resolve
+from gptq_core.checkpoint.writer import replace_file
+from gptq_core.evaluation import load_for_evaluation, window_losses
+from gptq_core.source import load_tokenizer, model_limits
+from tasks import harness
+from tasks.config import RunConfig
+from tasks.measures import PerplexityMeasure, TasksMeasure
+from tasks.paired import compare, sentence
+
+Rows = list[dict[str, Any]]
+
+
+def measure_all(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> Rows:
+    """Every measure of config.evaluation.measures, as rows of evaluation["measures"] in the run record."""
+    rows: Rows = []
+    judge = _Judge(config)
+    for done, wanted in enumerate(config.evaluation.measures, 1):
+        rows += judge.rows(wanted)
+        if progress:
+            progress(done, len(config.evaluation.measures))
+    return rows
+
+
+def measure_original(config: RunConfig) -> None:
+    """Only the original's scores, for runs that follow."""
+    judge = _Judge(config)
+    for wanted in config.evaluation.measures:
+        judge.original(wanted)
+
+
+def check_measures(config: RunConfig) -> None:
+    """Raise InputError for a text or a task that is not there, before any work."""
+    if config.evaluation.runner == "vllm":
+        harness.require_vllm()
+    for wanted in config.evaluation.measures:
+        if isinstance(wanted, TasksMeasure):
+            _manager(wanted.model_dump_json())
+        else:
+            _windows(wanted, config)
+
+
+def measures_key(config: RunConfig) -> str | None:
+    """What a record's measures are known by: what was asked for and who ran it; None where nothing was asked for."""
+    if not config.evaluation.measures:
+        return None
+    asked = [wanted.model_dump(mode="json") for wanted in config.evaluation.measures]
+    return hashlib.sha256(json.dumps([asked, config.evaluation_backend, config.evaluation.runner]).encode()).hexdigest()
+
+
+class _Judge:
+    """The models of one run, each opened when a measure first needs it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._folder = config.out.parent / ".originals"
+        self._open: tuple[tuple[str, str], Any] | None = None
+
+    def rows(self, wanted: PerplexityMeasure | TasksMeasure) -> Rows:
+        started = time.perf_counter()
+        before = self.original(wanted)
+        after = self._scored(wanted, str(self.config.out), None, self.config.evaluation_backend)
+        found = [_row(name, metric, wanted, before, after) for name, metrics in after["scores"].items() for metric in metrics]
+        for row in found:
+            row |= {"sentence": sentence(row), "seconds": time.perf_counter() - started}
+        return found
+
+    def original(self, wanted: PerplexityMeasure | TasksMeasure) -> dict[str, Any]:
+        """Scores of the original, from disk where they were computed before."""
+        model = self.config.model
+        path = self._folder / f"{self._key(wanted)[:32]}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        found = self._scored(wanted, model.path, model.revision, None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(found).encode())
+        return found
+
+    def _key(self, wanted: PerplexityMeasure | TasksMeasure) -> str:
+        """sha256 of what decides the original's scores: model, measure, its text or data, device and libraries."""
+        model = self.config.model
+        digest = Checkpoint(resolve(model.path, model.revision)).digest()
+        if isinstance(wanted, PerplexityMeasure):
+            data = _windows(wanted, self.config).digest
+        else:
+            folder = Path(wanted.include).expanduser() if wanted.include else None
+            files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+            data = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files if "__pycache__" not in path.parts]
+        versions = [torch.__version__, transformers.__version__, version("lm_eval"), choose_device(model.device).type]
+        asked = wanted.model_dump(mode="json", exclude={"include", "name", "batch_size"})
+        what = [digest, asked, data, versions, self.config.evaluation.runner == "vllm"]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def _scored(self, wanted: PerplexityMeasure | TasksMeasure, path: str, revision: str | None, backend: str | None) -> dict[str, Any]:
+        """{"scores": by name and metric, "version", "shots"}."""
+        if isinstance(wanted, PerplexityMeasure):
+            windows = _windows(wanted, self.config)
+            model = self._model("perplexity", path, lambda: load_for_evaluation(path, self.config.model.device, revision, backend))
+            tokens = windows.seqlen - 1
+            samples = [[-loss, tokens] for loss in window_losses(model, windows)]
+            found = {"value": harness.aggregate("perplexity", samples), "higher_is_better": False, "samples": samples}
+            return {"scores": {wanted.label: {"perplexity": found}}}
+        model = self._model(f"tasks {wanted.batch_size}", path, lambda: harness.open_model(
+            path, revision=revision, device=self.config.model.device, backend=backend, runner=self.config.evaluation.runner,
+            batch_size=wanted.batch_size))  # fmt: skip
+        scores, told = harness.score(model, wanted, _manager(wanted.model_dump_json()))
+        return {"scores": scores, **told}
+
+    def _model(self, kind: str, path: str, load: Callable[[], Any]) -> Any:
+        """The model that was used last, or another one in its place: one is held at a time."""
+        if self._open is None or self._open[0] != (kind, path):
+            self._open = None
+            self._open = ((kind, path), load())
+        return self._open[1]
+
+
+@lru_cache(maxsize=8)
+def _manager(wanted: str) -> Any:
+    return harness.find_tasks(TasksMeasure.model_validate_json(wanted))
+
+
+def _windows(wanted: PerplexityMeasure, config: RunConfig) -> Windows:
+    return _cut(wanted.dataset, wanted.seqlen, wanted.samples, config.model.path, config.model.revision)
+
+
+@lru_cache(maxsize=8)
+def _cut(dataset: str, seqlen: int, samples: int | None, model: str, revision: str | None) -> Windows:
+    return evaluation_windows(dataset, load_tokenizer(model, revision), min(seqlen, model_limits(model, revision)), samples)
+
+
+def _row(name: str, metric: str, wanted: PerplexityMeasure | TasksMeasure, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    old, new = before["scores"][name][metric], after["scores"][name][metric]
+    both = (old["samples"], new["samples"]) if old["samples"] and new["samples"] else None
+    higher, curve = new["higher_is_better"], harness.curve_of(metric, new["samples"])
+    if isinstance(wanted, PerplexityMeasure):
+        protocol = f"as the papers count it: documents joined, {len(new['samples'])} windows of {new['samples'][0][1] + 1} tokens"
+    else:
+        limit = f", the first {wanted.limit} of each task" if wanted.limit else ""
+        protocol = f"lm-eval {after['version']}, {after['shots'][name]}-shot{limit}"
+    return {"name": name, "kind": wanted.kind, "protocol": protocol, "metric": metric, "higher_is_better": higher, "original": old["value"],
+            "quantized": new["value"], **compare(old["value"], new["value"], both, higher, curve)}  # fmt: skip
