@@ -34,10 +34,11 @@ def prepare_dataset(config: RunConfig) -> dict[str, Any]:
 
 
 def overlap_record(prepared: Prepared) -> dict[str, Any]:
-    """What of the held-out text is calibrated on too, for the run record."""
+    """What of the whole held-out text is calibrated on too, and of the calibration text held out, for the run record."""
+    share, of_calibration = prepared.overlap
     windows = prepared.evaluation
-    share, judged = prepared.overlap
-    return {"share": share, "calibration_share": judged, "ngram": NGRAM, "positions": windows.count * max(0, windows.seqlen - NGRAM + 1)}
+    return {"share": share, "calibration_share": of_calibration, "ngram": NGRAM,
+            "positions": windows.total_windows * max(0, windows.seqlen - NGRAM + 1)}
 
 
 def save(windows: Windows, folder: Path, role: str) -> dict[str, Any]:

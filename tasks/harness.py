@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,32 @@ WEIGHTED: dict[str, Callable[[float], float]] = {
 
 
 def find_tasks(measure: TasksMeasure) -> Any:
-    """lm-eval's TaskManager that knows the measure's tasks. InputError: a folder or a task is not there."""
-    from lm_eval.tasks import TaskManager
-
-    folder = measure.include and Path(measure.include).expanduser()
-    if folder and not folder.is_dir():
+    """lm-eval's TaskManager that knows the measure's tasks. InputError: a folder or a task is not there, or named twice."""
+    folder = measure.include and str(Path(measure.include).expanduser())
+    if folder and not Path(folder).is_dir():
         raise InputError(f"evaluation.measures: include = {measure.include!r} is not a folder; give the one that holds the tasks' YAMLs")
-    manager = TaskManager(include_path=folder or None, include_defaults=False) if folder else None
+    for index, task in enumerate(measure.tasks):
+        if task in measure.tasks[:index]:
+            raise InputError(f"evaluation.measures: task {task!r} is named twice; name it once")
+    manager = _manager(folder, False) if folder else None
     if manager is None or any(task not in manager.task_index for task in measure.tasks):
-        manager = TaskManager(include_path=folder or None)  # lm-eval's own: some seconds
+        manager = _manager(folder, True)
     missing = [task for task in measure.tasks if task not in manager.task_index]
     if missing:
         where = f" and {measure.include} has none" if folder else ""
         raise InputError(f"evaluation.measures: task {missing[0]!r} is not known: lm-eval has no such task or group{where}; "
                          "`lm-eval ls tasks` lists its own")  # fmt: skip
+    return manager
+
+
+@lru_cache(maxsize=4)
+def _manager(folder: str | None, defaults: bool) -> Any:
+    """A TaskManager of the tasks in a folder, with lm-eval's own or without: to index those takes many seconds."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=folder, include_defaults=defaults)
     if folder:
-        _with_data_beside(manager, folder)
+        _with_data_beside(manager, Path(folder))
     return manager
 
 
@@ -118,7 +129,7 @@ def score(model: Any, measure: TasksMeasure, manager: Any) -> tuple[Scores, dict
 
     tasks = list(measure.tasks)
     try:
-        with _generators_kept(), _quiet():
+        with _quiet():
             found = lm_eval.simple_evaluate(
                 model, tasks=tasks, num_fewshot=measure.num_fewshot, limit=measure.limit, task_manager=manager, bootstrap_iters=0,
                 random_seed=measure.seed, numpy_random_seed=measure.seed, torch_random_seed=measure.seed,
@@ -175,7 +186,7 @@ def curve_of(metric: str, samples: list[Any] | None) -> Callable[[float], float]
 
 
 @contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """lm-eval seeds the global generators; what runs after it must not notice."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

@@ -55,7 +55,7 @@ def check_measures(config: RunConfig) -> None:
         harness.require_vllm()
     for wanted in config.evaluation.measures:
         if isinstance(wanted, TasksMeasure):
-            _manager(wanted.model_dump_json())
+            harness.find_tasks(wanted)
         else:
             _windows(wanted, config)
 
@@ -78,8 +78,9 @@ class _Judge:
 
     def rows(self, wanted: PerplexityMeasure | TasksMeasure) -> Rows:
         started = time.perf_counter()
-        before = self.original(wanted)
-        after = self._scored(wanted, str(self.config.out), None, self.config.evaluation_backend)
+        with harness.generators_kept():
+            before = self.original(wanted)
+            after = self._scored(wanted, str(self.config.out), None, self.config.evaluation_backend)
         found = [_row(name, metric, wanted, before, after) for name, metrics in after["scores"].items() for metric in metrics]
         for row in found:
             row |= {"sentence": sentence(row), "seconds": time.perf_counter() - started}
@@ -123,7 +124,7 @@ class _Judge:
         model = self._model(f"tasks {wanted.batch_size}", path, lambda: harness.open_model(
             path, revision=revision, device=self.config.model.device, backend=backend, runner=self.config.evaluation.runner,
             batch_size=wanted.batch_size))  # fmt: skip
-        scores, told = harness.score(model, wanted, _manager(wanted.model_dump_json()))
+        scores, told = harness.score(model, wanted, harness.find_tasks(wanted))
         return {"scores": scores, **told}
 
     def _model(self, kind: str, path: str, load: Callable[[], Any]) -> Any:
@@ -132,11 +133,6 @@ class _Judge:
             self._open = None
             self._open = ((kind, path), load())
         return self._open[1]
-
-
-@lru_cache(maxsize=8)
-def _manager(wanted: str) -> Any:
-    return harness.find_tasks(TasksMeasure.model_validate_json(wanted))
 
 
 def _windows(wanted: PerplexityMeasure, config: RunConfig) -> Windows:

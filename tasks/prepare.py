@@ -40,7 +40,7 @@ class Prepared:
     evaluation: Windows
     notes: tuple[str, ...]
     overlap: tuple[float, float] = (0.0, 0.0)
-    """Share of the held-out n-grams that calibration sees too, and share of the calibration's that are judged."""
+    """Share of the held-out text's n-grams that calibration sees too, and share of the calibration's that stand in the held-out text."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -64,14 +64,14 @@ def _prepare(text: str, stamps: tuple) -> Prepared:
     dataset = config.quantization.dataset
     if evaluation.dataset is None:
         seen, held_out = split_windows(dataset, tokenizer, calibration.samples, seqlen, calibration.seed, evaluation_seqlen)
-        held_out = held_out.thinned(evaluation.samples)
     else:
         seen = calibration_windows(dataset, tokenizer, calibration.samples, seqlen, calibration.seed)
-        held_out = evaluation_windows(evaluation.dataset, tokenizer, evaluation_seqlen, evaluation.samples)
+        held_out = evaluation_windows(evaluation.dataset, tokenizer, evaluation_seqlen)
     shares = overlap(held_out.tokens, seen.tokens), overlap(seen.tokens, held_out.tokens)
+    held_out = held_out.thinned(evaluation.samples)
     if max(shares) >= OVERLAPPING:
         text = (f"evaluation and calibration overlap: {shares[0]:.1%} of the held-out text is calibrated on, {shares[1]:.1%} of the "
-                f"calibration text is judged on ({NGRAM} tokens in a row; must be below {OVERLAPPING:.0%})")
+                f"calibration text stands in the held-out one ({NGRAM} tokens in a row; must be below {OVERLAPPING:.0%})")
         if evaluation.strict:
             raise InputError(f"{text}: give another evaluation.dataset, or set evaluation.strict: false")
         notes += (f"{text}: the numbers are better than they would be on unseen text",)

@@ -13,6 +13,7 @@ EVALUATION = (
     ("quantized_perplexity", "perplexity, quantized"),
     ("kl", "KL(original ‖ quantized) per token"),
     ("top1_agreement", "top-1 agreement"),
+    ("flips", "positions where only one of the two is right"),
     ("tokens", "tokens judged"),
 )
 
@@ -40,6 +41,9 @@ def render(details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     if evaluation:
         lines += ["| measured on the checkpoint as written | |", "|---|---|"]
         lines += [f"| {label} | {evaluation[key]:.6g} |" for key, label in EVALUATION if evaluation.get(key) is not None]
+        for row in evaluation.get("measures", []):
+            what = f"{_cell(row['name'])}, {row['metric']}, {_cell(row['protocol'])}"
+            lines.append(f"| {what} | {row['quantized']:.6g} (original {row['original']:.6g}) |")
         lines.append("")
     return "\n".join(lines)
 
