@@ -242,7 +242,7 @@ def test_prefects_page_asks_once_and_lists_the_sweep(pages, browser):
     page.get_by_text("Completed").first.wait_for()
     page.screenshot(path=pages.home / "prefect-runs.png")
     page.get_by_text("sweep-tiny-sweep").first.click()
-    page.get_by_text("Task Runs").first.click()
+    page.get_by_text("Task Runs", exact=True).click()
     page.get_by_text("bits=3").first.wait_for()
     page.screenshot(path=pages.home / "prefect-sweep.png")
     assert (heard.errors, heard.foreign) == ([], [])
