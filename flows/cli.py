@@ -188,6 +188,24 @@ def serve(
             run_deployments(deployments)
 
 
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Of Prefect's page; 0: any that is free.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Of MLflow's page; 0: any that is free.")] = 5000,
+    store: Annotated[str, typer.Option(help="MLflow's database: what tracking.uri of the runs names.")] = "sqlite:///mlflow.db",
+    demo: Annotated[bool, typer.Option("--demo", help="Also run the sweep of configs/sweep.yaml; what is done is not done again.")] = False,
+) -> None:
+    """Prefect's and MLflow's pages, for this machine alone and with a password, until Ctrl-C, which stops both.
+
+    The password is kept in flows-ui.auth in Prefect's folder; PREFECT_SERVER_API_AUTH_STRING=user:password sets another.
+    """
+    with outcome():
+        from flows.demo import demo_sweep
+        from flows.ui import ui as serve_pages
+
+        serve_pages(prefect_port, mlflow_port, store, demo_sweep(store) if demo else None)
+
+
 def settings(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, and `--set` on top of them."""
     from tasks.config import parse_setting

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from tasks.config import RunConfig, load
+from tasks.config import RunConfig, load, load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "demo.yaml"
+CONFIG, SWEEP = ROOT / "configs" / "demo.yaml", ROOT / "configs" / "sweep.yaml"
 
 
 def demo_config(overrides: dict[str, Any] | None = None) -> RunConfig:
     """configs/demo.yaml, with its files found from any working directory."""
+    return load(CONFIG, {**_files(), **(overrides or {})})
+
+
+def demo_sweep(store: str) -> list[str]:
+    """`python -m flows` with these arguments is configs/sweep.yaml from any working directory, tracked in `store`."""
+    sweep = load_yaml(SWEEP)
+    axes = [f"--grid={axis}={json.dumps(values)}" for axis, values in sweep["grid"].items()]
+    files = [f"--set={key}={path}" for key, path in _files().items()]
+    return ["sweep", str(CONFIG), *axes, *files, f"--set=tracking.uri={store}", "--out", sweep["dir"]]
+
+
+def _files() -> dict[str, str]:
+    """The files of configs/demo.yaml that its relative paths do not find; where they do, they are the same on every machine."""
     config = load(CONFIG)
     keys = {"model.path": config.model.path, "quantization.dataset": config.quantization.dataset,
             "evaluation.dataset": config.evaluation.dataset}
-    # only where the relative path does not do: it is the same on every machine
-    found = {key: str(ROOT / path) for key, path in keys.items() if not Path(path).exists()}
-    return load(CONFIG, {**found, **(overrides or {})})
+    return {key: str(ROOT / path) for key, path in keys.items() if not Path(path).exists()}

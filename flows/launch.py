@@ -164,4 +164,6 @@ def watched(remedy: str = "check PREFECT_API_URL, or unset it to run without a s
         # at the start of a flow Prefect says it by a bare RuntimeError
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("Failed to reach API", "ephemeral Prefect API")):
             raise
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
+            remedy = "its server asks for a password: set PREFECT_API_AUTH_STRING to its user:password, as `python -m flows ui` tells"
         raise PrefectAwayError(f"Prefect does not answer ({error}): {remedy}") from error

@@ -1,16 +1,20 @@
-"""Prefect's own server ends with the process that started it, however that one ends.
+"""Servers end with the process that started them, however that one ends.
 
 Prefect stops its server at the exit of Python; a process that is killed has no such exit, and every server left over takes a port
-and some hundred MB. A watcher of a few lines holds the reading end of a pipe: its end is our end. It knows the server by a
-variable of the environment, which a child inherits, so nothing of Prefect's inside is touched.
+and some hundred MB. A server that we start ourselves is bound to us by the system. For the one that Prefect starts, a watcher of a few
+lines holds the reading end of a pipe: its end is our end. It knows the server by a variable of the environment, which a child inherits,
+so nothing of Prefect's inside is touched.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 
 MARK = "GPTQ_SERVER_OF"
 
@@ -38,3 +42,17 @@ def end_server_with_us() -> None:
     _watchers.append(subprocess.Popen([sys.executable, "-I", "-S", "-c", WATCHER, f"{MARK}={mark}"], stdin=subprocess.PIPE,
                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True))
     os.environ[MARK] = mark
+
+
+def ends_with_parent() -> Callable[[], None] | None:
+    """For Popen(preexec_fn=...), from the main thread: the system kills the child when this process is gone. None: not on Linux."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # found now: between fork and exec there is no loading
+
+    def bind() -> None:
+        prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # gone before it was asked
+            os._exit(1)
+
+    return bind

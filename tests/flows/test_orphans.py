@@ -21,6 +21,15 @@ time.sleep(60)
 """
 
 
+BOUND = """
+import subprocess, sys, time
+from flows.orphans import ends_with_parent
+sleeper = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"]
+print(subprocess.Popen(sleeper, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=ends_with_parent()).pid, flush=True)
+time.sleep(60)
+"""
+
+
 def running(pid: int) -> bool:
     try:  # an orphan that ended may stay as a zombie where nobody collects it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -43,3 +52,20 @@ def test_the_server_of_a_killed_process_ends_and_nothing_else_does(request):
     finally:
         for pid in filter(running, (server, other)):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a child to its parent")
+def test_a_bound_child_ends_with_its_killed_parent(request):
+    process = subprocess.Popen([sys.executable, "-c", BOUND], cwd=request.config.rootpath, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    try:
+        assert running(child)
+        process.kill()
+        process.communicate()
+        until = time.monotonic() + 20
+        while running(child) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not running(child)
+    finally:
+        if running(child):
+            os.kill(child, signal.SIGKILL)
