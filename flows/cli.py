@@ -194,6 +194,7 @@ def ui(
     mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Of MLflow's page; 0: any that is free.")] = 5000,
     store: Annotated[str, typer.Option(help="MLflow's database: what tracking.uri of the runs names.")] = "sqlite:///mlflow.db",
     demo: Annotated[bool, typer.Option("--demo", help="Also run the sweep of configs/sweep.yaml; what is done is not done again.")] = False,
+    password: Annotated[bool, typer.Option("--password/--no-password", help="Off: whoever is on this machine may use both.")] = True,
 ) -> None:
     """Prefect's and MLflow's pages, for this machine alone and with a password, until Ctrl-C, which stops both.
 
@@ -203,7 +204,7 @@ def ui(
         from flows.demo import demo_sweep
         from flows.ui import ui as serve_pages
 
-        serve_pages(prefect_port, mlflow_port, store, demo_sweep(store) if demo else None)
+        serve_pages(prefect_port, mlflow_port, store, demo_sweep(store) if demo else None, password)
 
 
 def settings(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:

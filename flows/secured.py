@@ -96,7 +96,7 @@ def mlflow() -> Guard:
     handlers.initialize_backend_stores(os.environ[STORE], os.environ[STORE], root)  # a fresh database is migrated before any run comes
     from mlflow.server.fastapi_app import app
 
-    return Guard(app, os.environ[AUTH])
+    return Guard(app, os.environ.get(AUTH))
 
 
 def main(name: str, descriptor: str) -> None:

@@ -71,7 +71,7 @@ class Server(Child):
         arguments = ["flows.secured", name.lower(), str(listening.fileno())]
         super().__init__(name, arguments, environ, self.log.fileno(), (listening.fileno(),))
 
-    def answers(self, auth: tuple[str, str]) -> bool:
+    def answers(self, auth: tuple[str, str] | None) -> bool:
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(self.health, auth=auth, timeout=2, trust_env=False).is_success
         return False
@@ -81,10 +81,13 @@ class Server(Child):
         return "\n".join(self.log.read().decode(errors="replace").splitlines()[-LINES:])
 
 
-def ui(prefect_port: int, mlflow_port: int, store: str, fill: list[str] | None = None) -> None:
-    """Serve both until a signal asks for the end. fill: arguments of `python -m flows` that put something on the pages."""
+def ui(prefect_port: int, mlflow_port: int, store: str, fill: list[str] | None = None, guarded: bool = True) -> None:
+    """Serve both until a signal asks for the end. fill: arguments of `python -m flows` that put something on the pages.
+
+    guarded: with a password; without, everybody on this machine may use both.
+    """
     uri = database(store)
-    auth, place = password()
+    auth, place = password() if guarded else ("", "")
     with asked_to_stop() as asked, ExitStack() as stack:
         sockets = [stack.enter_context(listen(port, option)) for port, option in
                    ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port"))]  # fmt: skip
@@ -94,7 +97,7 @@ def ui(prefect_port: int, mlflow_port: int, store: str, fill: list[str] | None =
             stack.callback(servers[-1].close)
             listening.close()  # the server has it now: once it ends, nobody is kept waiting
         typer.echo("starting Prefect and MLflow; the first time takes a minute", err=True)
-        user = tuple(auth.split(":", 1))
+        user = tuple(auth.split(":", 1)) if auth else None
         until = time.monotonic() + START
         while not asked and not all(server.answers(user) for server in servers):
             look(servers)
@@ -174,10 +177,11 @@ def environ(listening: socket.socket, uri: str, auth: str) -> dict[str, str]:
     """For either server: it asks for the password, tells nobody that it runs, starts nothing else."""
     port = listening.getsockname()[1]
     # where runs of this shell would go is no matter for the server, and not for what its page asks
-    kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", AUTH)}
+    kept |= {AUTH: auth} if auth else {}
     folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else Path.cwd()
     return kept | {
-        AUTH: auth, "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}", "PREFECT_UI_API_URL": "/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}", "PREFECT_UI_API_URL": "/api",
         # the newer of Prefect's two pages calls an analytics service in vain at every step; it is a click away all the same
         "PREFECT_SERVER_UI_V2_ENABLED": "false", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true",
@@ -188,6 +192,12 @@ def environ(listening: socket.socket, uri: str, auth: str) -> dict[str, str]:
 
 def tell(servers: list[Server], uri: str, auth: str, place: str) -> None:
     prefect, mlflow = servers
+    if not auth:
+        typer.echo(f"Prefect  {prefect.address}\nMLflow   {mlflow.address}\nwithout a password: whoever is on this machine may use both\n\n"
+                   f"what is started in another terminal shows there with\n  export PREFECT_API_URL={prefect.address}/api\n"
+                   f"  tracking.uri: {without_password(uri)}\nCtrl-C stops both")  # fmt: skip
+        sys.stdout.flush()
+        return
     known = auth if sys.stdout.isatty() and not place.startswith(f"${AUTH}") else f'"{place}"'  # no password in a file of output
     user = auth.partition(":")[0]
     typer.echo(f"Prefect  {prefect.address}   its page asks once for {known}\n"
@@ -204,7 +214,7 @@ def tell(servers: list[Server], uri: str, auth: str, place: str) -> None:
 @contextmanager
 def filled(arguments: list[str], prefect: Server, auth: str) -> Iterator[Child]:
     """The command that fills the pages, with its progress on our screen; it ends with us, and what it has finished stays."""
-    there = {"PREFECT_API_URL": f"{prefect.address}/api", "PREFECT_API_AUTH_STRING": auth}
+    there = {"PREFECT_API_URL": f"{prefect.address}/api"} | ({"PREFECT_API_AUTH_STRING": auth} if auth else {})
     child = Child("the demo", ["flows", *arguments], os.environ | there)
     try:
         yield child

@@ -410,3 +410,21 @@ def test_ctrl_c_leaves_no_process(pages):
         pages.process.send_signal(signal.SIGINT)
         assert pages.process.wait(60) == 0
     assert gone(family) and pages.noted.endswith("stopping\n") and "Traceback" not in pages.noted
+
+
+@pytest.mark.services
+def test_without_a_password_the_guard_stays(tmp_path):
+    pages = Pages(tmp_path, "-m", "flows", "ui", "--prefect-port", "0", "--mlflow-port", "0", "--no-password")
+    try:
+        pages.wait("the addresses", lambda: "Ctrl-C" in pages.told)
+        addresses = re.findall(r"http://127\.0\.0\.1:\d+$", pages.told, re.MULTILINE)
+        assert len(addresses) == 2 and not (tmp_path / "prefect" / "flows-ui.auth").exists()
+        for address, path in zip(addresses, ("/api/admin/version", "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"),
+                                 strict=True):
+            assert httpx.get(address + path, trust_env=False).status_code == 200
+            for foreign in ({"Host": "example.com"}, {"Origin": "http://example.com"}):
+                assert httpx.get(address + path, headers=foreign, trust_env=False).status_code == 403
+        pages.process.send_signal(signal.SIGINT)
+        assert pages.process.wait(60) == 0
+    finally:
+        pages.process.kill()
