@@ -207,7 +207,7 @@ def difference(first: Blocks, second: Blocks) -> Figure | None:
     end = max(map(abs, values.values())) or 1.0
     hover = {place: f"<b>{plain(a[place]['name'])}</b><br>A {number(a[place]['relative_error'], 3)}, B "
                     f"{number(b[place]['relative_error'], 3)}<br>B is {2 ** values[place]:.3g} times A" for place in both}  # fmt: skip
-    texts = {place: f"{2 ** values[place]:.3g} x" for place in both}
+    texts = {place: f"{2 ** values[place]:.2f} x" for place in both}
     marks = [-end, -end / 2, 0, end / 2, end]
     bar = {"tickvals": marks, "ticktext": [f"{2**mark:.2g} x" for mark in marks],
            "title": {"text": "error of B over error of A", "side": "top"}}
@@ -242,7 +242,7 @@ def _heat_map(
         colorbar={"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "len": 1, "outlinewidth": 0, **bar})
     layout = {"height": 130 + max(100, min(1200, 24 * len(names))), "margin": {"l": 8, "r": 16, "t": 8, "b": 8},
               # from the axis, not from its labels: of these plotly does not know the height here
-              "xaxis": {"title": {"text": "block", "standoff": 28}, "type": "category", "showgrid": False},
+              "xaxis": {"title": {"text": "block", "standoff": 32}, "type": "category", "showgrid": False},
               "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False}}
     table = Table(caption, ["layer", *(f"block {block}" for block in columns)],
                   [[name, *row] for name, row in zip(names, grid(texts, ""), strict=True)])
