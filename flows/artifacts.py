@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from flows import progress
+
+MOST_BYTES = 300_000
+"""Of a picture that is stored in Prefect's database, in the text of its artifact."""
 
 
 class Board:
@@ -30,6 +42,22 @@ class Board:
 
     def lines(self, rows: list[dict[str, Any]], text: str) -> None:
         self._try(create_table_artifact, rows, key=f"{self.name}-results", description=text)
+
+    def figure(self, draw: Callable[[], Any], title: str, report: Path | None) -> None:
+        """A matplotlib figure as a picture (None: nothing to draw), and where the whole report lies."""
+        text = [f"# {title}"]
+        try:
+            drawn = draw()
+            if drawn is not None:
+                picture = io.BytesIO()
+                drawn.savefig(picture, format="png", dpi=90)
+                if picture.tell() <= MOST_BYTES:
+                    text.append(f"![{title}](data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()})")
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # what a record may lack, and what matplotlib refuses
+            progress.reporter().note(f"no picture of the {title}: {type(error).__name__}: {error}")
+        text += [f"The whole report: `{report.resolve()}`"] if report else []
+        if len(text) > 1:
+            self._try(create_markdown_artifact, "\n\n".join(text), key=f"{self.name}-figures", description=title)
 
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.lost:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows import report
 from flows.launch import outcome, quiet, run, run_sweep, watched
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(report.app, name="report")
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the checkpoint. Default: output.dir.", show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint.", show_default=False)]

@@ -50,6 +50,8 @@ def run_sweep(config: Any, as_json: bool) -> None:
     """Look at every cell, start Prefect and the flow where something is missing, and tell what came out."""
     quiet()  # what is read from here on imports Prefect
     started = time.perf_counter()
+    from flows import progress
+    from flows.report import written
     from tasks import cells
 
     states = cells.examine(config)
@@ -74,6 +76,7 @@ def run_sweep(config: Any, as_json: bool) -> None:
                 raise
             found = cells.result(config, states, [], started)
             cells.write(config, found)
+            written("sweep", found, progress.Lines(lambda text: typer.echo(text, err=True)))
             typer.echo("computed, not recorded in Prefect: its server went away during the sweep", err=True)
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))

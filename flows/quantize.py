@@ -1,6 +1,6 @@
 """The main job: a causal language model in, a GPTQ checkpoint out, evaluated, judged and tracked.
 
-    prepare_dataset -> (allocate ->) capture_calibration -> quantize_block x N -> assemble -> evaluate -> log -> promote
+    prepare_dataset -> (allocate ->) capture_calibration -> quantize_block x N -> assemble -> evaluate -> report -> log -> promote
 """
 
 import time
@@ -14,9 +14,11 @@ from flows import progress
 from flows.artifacts import Board
 from flows.dead_runs import mark_dead_runs
 from flows.finish import finish
+from flows.report import written
 from gptq_core.errors import GPTQError
 from tasks import record as records
 from tasks.config import RunConfig
+from tasks.figures import relative_errors
 from tasks.gate import demand, verdict
 from tasks.prepare import check, placed
 from tasks.run import compute
@@ -32,16 +34,20 @@ def quantize(config: RunConfig) -> Any:
     """Quantize, evaluate and track as `config` says; the run record, which is what a caller gets. Nothing done: state "Unchanged"."""
     report, board, started = progress.reporter(), Board("quantize"), time.time() * 1000
     config = placed(config)
-    for note in check(config):  # a run that the command line did not start is looked at here first
+    notes = list(check(config))  # a run that the command line did not start is looked at here first
+    for note in notes:
         report.note(f"note: {note}")
     record = compute(config, report, advance=board.progress)
     record["prefect_flow_run_id"] = record["prefect_flow_run_id"] or flow_run.get_id()
+    record["notes"] = notes
+    file = written("run", record, report)  # before the log, which takes it along
     with report.stage("log"):
         record["mlflow"] = log(config, record)
     if record["mlflow"]["error"]:
         report.note(f"computed, not recorded in MLflow: {record['mlflow']['error']}")
     record = finish(config, record, report)
     board.table(results(record), f"{config.model.path} at {config.quantization.bits} bits")
+    board.figure(lambda: relative_errors(record["blocks"]) if record["blocks"] else None, "relative error of each layer", file)
     board.progress(100, "done")
     if record["evaluation_error"]:
         raise EvaluationFailedError(

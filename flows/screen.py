@@ -11,15 +11,7 @@ from tasks import gate
 from tasks.config import RunConfig
 from tasks.prepare import Foreseen, Shortage
 from tasks.record import allocated, record_path
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that reads best."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+from tasks.report.words import size
 
 
 def number(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Many runs that differ in a few keys: what they share is done once, cells run beside each other, one of them is recommended.
 
-    examine -> original x M -> cell x N (workers, or a Ray cluster) -> log each -> choose -> log
+    examine -> original x M -> cell x N (workers, or a Ray cluster) -> log each -> choose -> report -> log
 
 A cell is computed by a worker process that asks neither Prefect nor MLflow, and lies on disk when it is done: whatever is killed,
 the same command goes on with what is missing. A cell that fails is reported and stops no other.
@@ -28,10 +28,12 @@ from flows.artifacts import Board
 from flows.cluster import ray_options, ray_runner
 from flows.dead_runs import mark_dead_runs
 from flows.finish import register, tell
+from flows.report import written
 from gptq_core.errors import GPTQError
 from tasks import cells as at
 from tasks import record as records
 from tasks.cells import Places, State
+from tasks.figures import front
 from tasks.supervise import INHERITED, Leases, Outcome, Worker, supervise
 from tasks.sweep import SweepConfig
 from tasks.tracking import log, log_sweep, open_sweep
@@ -68,10 +70,12 @@ def _sweep(config: SweepConfig) -> Any:
     found = at.result(config, states, [state.cell.name for state in missing], started)
     found |= {"registry": _register(states, found, report), "notified": before.get("notified")}
     at.write(config, found)
+    file = written("sweep", found, report)  # before the log, which takes it along
     found["mlflow"] = log_sweep(tracked, found, parent["run_id"]) if parent["run_id"] else parent
     found["notified"] = tell(tracked.notify, at.happened(found), at.summary(found), found["notified"], report)
     at.write(config, found)
     board.lines(table(found), f"{config.folder}: {found['recommended']['rule']}: {found['recommended']['name']}")
+    board.figure(lambda: front(found), "quality against size" + (", screening" if found["mode"] == "screening" else ""), file)
     board.progress(100, "done")
     if reason := at.objection(found):
         raise SweepFailedError(reason)

@@ -80,6 +80,8 @@ class Screened:
     bits_per_weight: float
     bytes: int
     """Size of the checkpoint that the configuration would write, as `plan` predicts it."""
+    original_bytes: int
+    """Size of the model as it is."""
     seconds: float
     """Spent in this cell's solves. A factor that several cells share counts for the first of them."""
     set_aside: tuple[str, ...]
@@ -189,7 +191,7 @@ def _cell(folder: str, name: str, config: QuantizeConfig) -> _Cell:
         planned = plan(folder, plain)
     except InputError as error:
         raise type(error)(f"configs[{name!r}]: {error}") from error
-    sizes = {"bits_per_weight": planned.bits_per_weight, "bytes": planned.bytes}
+    sizes = {"bits_per_weight": planned.bits_per_weight, "bytes": planned.bytes, "original_bytes": planned.original_bytes}
     return _Cell(name, plain, planned.selection, sizes, tuple(key for key, off in SET_ASIDE.items() if getattr(config, key) != off))
 
 

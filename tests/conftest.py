@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import MISSING, executable
 from jaxtyping import install_import_hook
 
 # shapes and dtypes of the engine's signatures are checked in every test; before anything imports the engine
@@ -79,3 +80,26 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless browser of the system; skipped where there is none, which the summary tells.
+
+    Of one module: while it is open an event loop runs in this thread, and Prefect's flows of other modules want none.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
+    path = executable()
+    if path is None:
+        pytest.skip(MISSING)
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=path)
+        yield found
+        found.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say where pages were not looked at: a skip among many tests is not seen."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if MISSING in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests of pages were skipped: {MISSING}", yellow=True)

@@ -63,6 +63,31 @@ def test_checkpoint_record_table_mlflow_and_prefect_agree(done, home):
     assert {"quantize_block-0", "quantize_block-1"} <= names
 
 
+def test_the_report_lies_beside_the_record_and_its_picture_in_prefect(done, home):
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    record = records.read(home / "out")
+    text = (home / "out.report.html").read_text()
+    assert f"{record['evaluation']['quantized_perplexity']:.4g}" in text and 'id="plot-errors"' in text
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["quantize-figures"])))
+    [shown] = [one.data for one in found if str(one.flow_run_id) == record["prefect_flow_run_id"]]
+    assert "](data:image/png;base64,iVBOR" in shown and str(home / "out.report.html") in shown
+    (home / "out.report.html").unlink()
+    result = call("report", home / "out.run.json")
+    assert result.exit_code == 0 and (home / "out.report.html").read_text() == text
+
+
+def test_a_report_that_cannot_be_written_costs_a_note(done, home, args, monkeypatch):
+    def fails(*_args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("tasks.report.page.write", fails)
+    result = call(*args)
+    assert result.exit_code == 0 and "no report: OSError: the disk is full" in result.stderr
+
+
 def test_nothing_that_differs_between_runs_is_in_the_checkpoint(done, home, args):
     again = [home / "again" if arg == home / "out" else arg for arg in args]
     assert call(*again).exit_code == 0

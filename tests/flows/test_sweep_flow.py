@@ -65,6 +65,14 @@ def test_bad_cells_are_told_with_their_reasons_and_the_others_complete(first):
     assert found["recommended"]["name"] == "bits=4_group_size=32" and "recommended: bits=4_group_size=32" in result.stdout
 
 
+def test_the_report_lies_in_its_folder(first, home):
+    text = (home / "s" / "report.html").read_text()
+    assert 'id="plot-front-kl"' in text and "does not divide" in text
+    assert all(row["original_bytes"] > row["bytes"] for row in first[1]["cells"] if row["status"] == "done")
+    cell = CliRunner().invoke(app, ["report", str(home / "s" / "bits=4_group_size=32")])
+    assert cell.exit_code == 0 and (home / "s" / "bits=4_group_size=32.report.html").is_file()
+
+
 def test_a_cell_is_what_a_single_run_writes(first, home, run_yaml):
     out = home / "single"
     result = CliRunner().invoke(app, ["quantize", str(run_yaml), "--bits", "4", "--group-size", "32", "--out", str(out)])
