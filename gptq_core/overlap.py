@@ -8,6 +8,9 @@ from torch import Tensor
 
 NGRAM = 16
 """Tokens in a row that two texts of one language seldom share by chance."""
+OVERLAPPING = 0.05
+"""Share from which on two texts count as one. Licences, boilerplate and plots repeat: of the embedded held-out text 1.2 per cent stands
+in the calibration windows too, of TinyStories' 2.1."""
 BASE = 6364136223846793005
 """Odd, so that multiplying by it modulo 2⁶⁴ loses nothing (Knuth's MMIX)."""
 

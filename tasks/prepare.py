@@ -23,7 +23,7 @@ from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.engine import Quantization
 from gptq_core.errors import GPTQError, InputError
 from gptq_core.estimate import Estimate, Texts, estimate
-from gptq_core.overlap import NGRAM, overlap
+from gptq_core.overlap import NGRAM, OVERLAPPING, overlap
 from gptq_core.plan import Plan, loadability, objections, plan
 from gptq_core.source import load_tokenizer, model_limits
 from tasks import settings
@@ -78,9 +78,6 @@ def _prepare(text: str, stamps: tuple) -> Prepared:
     return Prepared(seen, held_out, notes, shares)
 
 
-OVERLAPPING = 0.05
-"""Share from which on two texts count as one. Licences, boilerplate and plots repeat: of the embedded held-out text 1.2 per cent stands
-in the calibration windows too, of TinyStories' 2.1."""
 PIPELINE_BYTES = 220_000_000
 """What Prefect and the libraries of texts and tokenizers add to the process; measured on Linux with Python 3.11."""
 BYTES_A_TOKEN, FEWEST_BYTES = 4, 2

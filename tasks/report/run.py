@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from gptq_core.overlap import OVERLAPPING
 from tasks import record as records
 from tasks.gate import verdict
 from tasks.report import figures
@@ -61,9 +62,9 @@ def _headline(record: dict[str, Any]) -> list[Part]:
         parts.append(Text(f"{count(fell, 'layer')} could not be solved and {'was' if fell == 1 else 'were'} rounded to nearest: see below.",
                           tone="warning"))
     overlap = (record.get("evaluation") or {}).get("overlap")
-    if overlap and overlap["share"]:
-        parts.append(Text(f"{percent(overlap['share'])} of the held-out text's {overlap['ngram']}-grams were also seen in calibration: its "
-                          "numbers may flatter.", tone="warning"))
+    if overlap and max(overlap["share"], overlap.get("calibration_share", 0.0)) >= OVERLAPPING:
+        parts.append(Text(f"{percent(overlap['share'])} of the held-out text was also seen in calibration ({overlap['ngram']} tokens in a "
+                          "row): its numbers may flatter.", tone="warning"))
     return parts
 
 
