@@ -74,14 +74,18 @@ def windows(text: str, model: str, seqlen: int, samples: int, draw: int | None) 
     return calibration_windows(text, tokenizer, samples, seqlen, draw)
 
 
+def quantize(model: str, config: QuantizeConfig, calibration: Windows, out: Path) -> None:
+    with Quantization.open(model, config, calibration, out, device="cpu") as run:
+        for index in range(run.block_count):
+            run.quantize_block(index)
+        run.assemble()
+
+
 def measure(model: str, config: QuantizeConfig, calibration: Windows, heldout: Windows) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         started = time.process_time()
-        with Quantization.open(model, config, calibration, out, device="cpu") as run:
-            for index in range(run.block_count):
-                run.quantize_block(index)
-            run.assemble()
+        quantize(model, config, calibration, out)
         seconds = time.process_time() - started
         found = evaluate_pair(model, str(out), heldout, device="cpu")
         shutil.rmtree(out)

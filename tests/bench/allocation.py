@@ -16,9 +16,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from ablation import quantize
 from safetensors.torch import load_file
 
-from gptq_core import Allocation, Quantization, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
+from gptq_core import Allocation, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
 from gptq_core.allocation import choose
 from gptq_core.selection import Selection
 from gptq_core.source import load_tokenizer
@@ -33,10 +34,7 @@ def main(args: argparse.Namespace) -> None:
     def measure(config: QuantizeConfig) -> float:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
-            with Quantization.open(args.model, config, calibration, out, device="cpu") as run:
-                for index in range(run.block_count):
-                    run.quantize_block(index)
-                run.assemble()
+            quantize(args.model, config, calibration, out)
             return evaluate_pair(args.model, str(out), heldout, device="cpu")["kl"]
 
     around = sorted({bits for budget in args.budgets for bits in neighbours(budget)})

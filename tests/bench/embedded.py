@@ -14,8 +14,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from ablation import quantize
 
-from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, engine, evaluate_pair, evaluation_windows
+from gptq_core import QuantizeConfig, Windows, calibration_windows, engine, evaluate_pair, evaluation_windows
 from gptq_core.group import Member, solve_group
 from gptq_core.solver import round_to_nearest
 from gptq_core.source import load_tokenizer
@@ -37,10 +38,7 @@ def rounded_to_nearest(members: list[Member], *_: Any) -> Iterator[tuple]:
 def judge(solve: Callable[..., Iterator[tuple]], config: QuantizeConfig, calibration: Windows, heldout: Windows) -> dict:
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(engine, "solve_group", solve):
         out = Path(folder) / "out"
-        with Quantization.open(MODEL, config, calibration, out, device="cpu") as run:
-            for index in range(run.block_count):
-                run.quantize_block(index)
-            run.assemble()
+        quantize(MODEL, config, calibration, out)
         return evaluate_pair(MODEL, str(out), heldout, device="cpu")
 
 

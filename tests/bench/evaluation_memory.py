@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from ablation import quantize
 from rich.console import Console
 from rich.table import Table
 
 from gptq_core import QuantizeConfig
 from gptq_core.calibration import Windows
-from gptq_core.engine import Quantization
 from gptq_core.evaluation import evaluate_pair, load_for_evaluation, pieces
 from tasks import record as records
 
@@ -32,10 +32,7 @@ def make(folder: Path, vocabulary: int, seqlen: int) -> Windows:
                                       num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=seqlen)  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     windows = Windows(torch.randint(0, vocabulary, (3, seqlen)), "random ids", 3)
-    with Quantization.open(str(folder / "model"), QuantizeConfig(bits=4, group_size=64), windows, folder / "out", device="cpu") as run:
-        for index in range(run.block_count):
-            run.quantize_block(index)
-        run.assemble()
+    quantize(str(folder / "model"), QuantizeConfig(bits=4, group_size=64), windows, folder / "out")
     return windows
 
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from ablation import windows
+from ablation import quantize, windows
 
-from gptq_core import Quantization, QuantizeConfig, Windows, evaluate_pair, screen
+from gptq_core import QuantizeConfig, Windows, evaluate_pair, screen
 
 
 def exact(model: str, config: QuantizeConfig, calibration: Windows, heldout: Windows) -> tuple[float, float, float]:
@@ -25,10 +25,7 @@ def exact(model: str, config: QuantizeConfig, calibration: Windows, heldout: Win
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         started = time.process_time()
-        with Quantization.open(model, config, calibration, out, device="cpu") as run:
-            for index in range(run.block_count):
-                run.quantize_block(index)
-            run.assemble()
+        quantize(model, config, calibration, out)
         made = time.process_time()
         kl = evaluate_pair(model, str(out), heldout, device="cpu")["kl"]
         return kl, made - started, time.process_time() - made
