@@ -19,7 +19,7 @@ import torch
 from ablation import quantize
 from safetensors.torch import load_file
 
-from gptq_core import Allocation, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
+from gptq_core import Allocation, Quantization, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
 from gptq_core.allocation import choose
 from gptq_core.selection import Selection
 from gptq_core.source import load_tokenizer
