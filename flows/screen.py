@@ -11,6 +11,7 @@ from tasks import gate
 from tasks.config import RunConfig
 from tasks.prepare import Foreseen, Shortage
 from tasks.record import allocated, record_path
+from tasks.report.find import run_report, sweep_report
 from tasks.report.words import size
 
 
@@ -50,6 +51,8 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     places = Table(show_header=False, box=None, padding=(0, 2))
     places.add_row("checkpoint", str(config.out))
     places.add_row("record", str(record_path(config.out)))
+    if run_report(config.out).is_file():
+        places.add_row("report", str(run_report(config.out)))
     if chosen:
         places.add_row("allocation", chosen)
     if assembly.get("loads"):
@@ -176,3 +179,5 @@ def show_sweep(found: dict[str, Any]) -> None:
     if found["mode"] == "screening" and choice["name"]:
         text += "; run it with mode: exact before you use it"
     console.print(text, highlight=False, markup=False)
+    if sweep_report(found["folder"]).is_file():
+        console.print(f"report: {sweep_report(found['folder'])}", highlight=False, markup=False)

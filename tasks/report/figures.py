@@ -23,6 +23,9 @@ DARK = {BLUE: "#56b4e9", VERMILION: "#ff8a3d", GREY: "#a8a8a8", BLACK: "#ffffff"
 MOST_ROWS = 64
 """Rows of a heat map; with more (the experts of a large MoE) one row tells the worst of all experts."""
 
+LONGEST = 26
+"""Characters of a name beside a plot."""
+
 EXPERT = re.compile(r"\bexperts\.(\d+)\b")
 Blocks = list[dict[str, Any]]
 
@@ -30,6 +33,15 @@ Blocks = list[dict[str, Any]]
 def plain(text: Any) -> str:
     """Text that plotly shows as it is: it would read tags in it."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _names(names: list[str]) -> dict[str, Any]:
+    """An axis of names: long ones lose their middle, or on a phone nothing would be left of the plot. Hover and table have them whole."""
+    axis: dict[str, Any] = {"type": "category"}
+    if any(len(name) > LONGEST for name in names):
+        cut = [name if len(name) <= LONGEST else f"{name[:LONGEST // 2]}…{name[1 - LONGEST // 2:]}" for name in names]
+        axis |= {"tickvals": list(map(plain, names)), "ticktext": list(map(plain, cut))}
+    return axis
 
 
 def _figure(key: str, title: str, told: str, traces: list[Any], layout: dict[str, Any], table: Table) -> Figure:
@@ -139,7 +151,7 @@ def recovery(measures: list[dict[str, Any]]) -> Figure | None:
     table = Table("Recovery by measure", ["measure", "recovery", "95 % interval"],
                   [[measure_name(row), percent(row["recovery"]), interval(row)] for row in rows])
     layout = {"height": 120 + 34 * len(rows), "xaxis": {"title": {"text": "recovery (1: as good as the original)"}},
-              "yaxis": {"autorange": "reversed", "type": "category"},
+              "yaxis": {"autorange": "reversed", **_names([measure_name(row) for row in rows])},
               "shapes": [{"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": GREY, "dash": "dot"}}]}
     told = f"Recovery of {len(rows)} measures with 95 % intervals; the dotted line at 1 is the original."
     return _figure("recovery", "What is left of the original's scores", told, traces, layout, table)
@@ -185,7 +197,7 @@ def errors(blocks: Blocks) -> Figure | None:
     values = {place: math.log10(max(layer["relative_error"], lowest)) for place, layer in layers.items() if known(layer["relative_error"])}
     hover = {place: _layer_hover(layer, place[1]) for place, layer in layers.items()}
     low, high = math.log10(lowest), math.log10(max(seen))
-    marks = [low + (high - low) * step / 4 for step in range(5)] if high > low else [low]
+    marks = [low, (low + high) / 2, high] if high > low else [low]
     texts = {place: number(layer["relative_error"], 3) for place, layer in layers.items()}
     bar = {"tickvals": marks, "ticktext": [f"{10**mark:.2g}" for mark in marks],
            "title": {"text": "relative error, logarithmic", "side": "top"}}
@@ -208,7 +220,7 @@ def difference(first: Blocks, second: Blocks) -> Figure | None:
     hover = {place: f"<b>{plain(a[place]['name'])}</b><br>A {number(a[place]['relative_error'], 3)}, B "
                     f"{number(b[place]['relative_error'], 3)}<br>B is {2 ** values[place]:.3g} times A" for place in both}  # fmt: skip
     texts = {place: f"{2 ** values[place]:.2f} x" for place in both}
-    marks = [-end, -end / 2, 0, end / 2, end]
+    marks = [-end, 0, end]
     bar = {"tickvals": marks, "ticktext": [f"{2**mark:.2g} x" for mark in marks],
            "title": {"text": "error of B over error of A", "side": "top"}}
     worse = sum(value > 0 for value in values.values())
@@ -243,7 +255,7 @@ def _heat_map(
     layout = {"height": 130 + max(100, min(1200, 24 * len(names))), "margin": {"l": 8, "r": 16, "t": 8, "b": 8},
               # from the axis, not from its labels: of these plotly does not know the height here
               "xaxis": {"title": {"text": "block", "standoff": 32}, "type": "category", "showgrid": False},
-              "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False}}
+              "yaxis": {"autorange": "reversed", "showgrid": False, **_names(names)}}
     table = Table(caption, ["layer", *(f"block {block}" for block in columns)],
                   [[name, *row] for name, row in zip(names, grid(texts, ""), strict=True)])
     return _figure(key, title, told, [trace], layout, table)
@@ -345,7 +357,7 @@ def stages(seconds: dict[str, float], total: float | None) -> Figure | None:
     table = Table("Time by stage", ["stage", "seconds", "share"],
                   [[stage, number(spent), percent(spent / whole, 0)] for stage, spent in found.items()])
     layout = {"height": 100 + 32 * len(found), "xaxis": {"title": {"text": "seconds"}, "rangemode": "tozero"},
-              "yaxis": {"autorange": "reversed", "type": "category"}}
+              "yaxis": {"autorange": "reversed", **_names(list(found))}}
     longest = next(iter(found))
     told = f"Bar chart of {len(found)} stages, {duration(whole)} in all; the longest: {longest}, {percent(found[longest] / whole, 0)}."
     return _figure("stages", "Time by stage", told, [trace], layout, table)

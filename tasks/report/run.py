@@ -9,7 +9,7 @@ import yaml
 
 from gptq_core.overlap import OVERLAPPING
 from tasks import record as records
-from tasks.gate import verdict
+from tasks.gate import failed
 from tasks.report import figures
 from tasks.report.parts import Code, Items, Page, Part, Section, Table, Text, Tiles
 from tasks.report.words import NONE, count, duration, known, number, percent, size
@@ -117,7 +117,7 @@ def _gate(record: dict[str, Any]) -> str:
     gate = record.get("gate")
     if not gate:
         return "No gate was set."
-    return "It passed its gate." if gate["passed"] else f"It did not pass its gate: {verdict(gate)}."
+    return "It passed its gate." if gate["passed"] else f"It did not pass its gate ({failed(gate)})."
 
 
 def _tiles(record: dict[str, Any]) -> Tiles:

@@ -32,7 +32,7 @@ def test_the_summary_tells_what_how_much_smaller_how_much_worse_and_whether_that
     assert "perplexity rises from 20.00 to 21.00 (+5.0 %), the KL from the original is 0.0500 nats per token" in told
     assert "in 90.0 % of all places both name the same next token" in told
     assert "1 of 2 measures differs by more than noise: choice (acc) is at 90.0 % of the original." in told
-    assert "It did not pass its gate: " in told and "max_kl" in told
+    assert "It did not pass its gate (max_kl: 0.05 is above 0.01)." in told
     assert "1 layer could not be solved and was rounded to nearest" in told
     assert "25.0 % of the held-out text was also seen in calibration (13 tokens in a row)" in told
 

@@ -39,6 +39,14 @@ def test_layers_that_not_every_block_has_and_errors_that_are_none_leave_holes():
     assert figures.errors([]) is None
 
 
+def test_a_long_name_leaves_room_for_the_plot():
+    name = "a_very_long_name_of_a_module." * 3 + "proj"
+    figure = figures.errors([{"block": 0, "layers": [layer(f"model.layers.0.{name}", 0.1), layer("model.layers.0.b", 0.2)]}])
+    axis = figure.plot["layout"]["yaxis"]
+    assert axis["tickvals"] == [name, "b"] and axis["ticktext"] == ["a_very_long_n…_module.proj", "b"]
+    assert name in figure.plot["data"][0]["hovertext"][0][0] and figure.table.rows[0][0] == name
+
+
 def test_of_many_experts_the_worst_stands_for_all():
     few, many = figures.errors(experts(4)["blocks"]), figures.errors(experts(64)["blocks"])
     assert len(few.plot["data"][0]["y"]) == 8
