@@ -18,7 +18,7 @@ demo: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m flows demo
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-services: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m services

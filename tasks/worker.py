@@ -115,7 +115,7 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     if job["kind"] == "original":
         windows = Windows.load(job["windows"])
         store_original(job["model"], windows, Path(job["file"]), revision=job["revision"], device=job["device"])
-        if job["config"]:
+        if job.get("config"):
             measure_original(from_dict(job["config"]))
         return {"file": job["file"]}
     if job["kind"] == "screening":
