@@ -67,7 +67,7 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     if record.get("registry"):
         places.add_row("registry", registered(record["registry"]))
     if not tracked:
-        places.add_row("MLflow", "not recorded; the same command tries again")
+        places.add_row("MLflow", "not recorded; python -m flows track-pending makes up for it")
     else:
         places.add_row("MLflow", uri if uri.startswith(("http", "env:", "block:")) else f"mlflow ui --backend-store-uri {uri}")
     places.add_row("Prefect", f"prefect server start   (flow run {record['prefect_flow_run_id']})")

@@ -25,6 +25,7 @@ from tasks.evaluate import Progress, evaluate
 from tasks.gate import judge
 from tasks.prepare import open_quantization, stored_allocation
 from tasks.quantize import Handle, assemble, capture_calibration, quantize_block
+from tasks.system import Sampler
 
 
 class Reporter(Protocol):
@@ -66,6 +67,14 @@ def compute(
     advance: is told percent and what was done. data: what prepare_dataset returns, where that was done before. original: file of
     the original's log-probabilities, as gptq_core.evaluation.store_original writes them; None: the original is run.
     """
+    with Sampler() as sampler:
+        return _compute(config, report, sampler, steps, advance, data, original)
+
+
+def _compute(
+    config: RunConfig, report: Reporter, sampler: Sampler, steps: Steps, advance: Callable[[float, str], None],
+    data: dict[str, Any] | None, original: str | None,
+) -> dict[str, Any]:  # fmt: skip
     started = time.perf_counter()
     if data is None:
         with report.stage("prepare dataset"):
@@ -81,6 +90,7 @@ def compute(
             record["blocks"] = _quantize(job, report, advance, steps)
         with report.stage("assemble"):
             record["assembly"] = steps.assemble(Handle(job))
+        record |= records.of_manifest(config.out)
         if not job.finished:
             record["stage_seconds"] = {"prepare": data["seconds"], **job.stage_seconds}
             if allocation:
@@ -92,7 +102,7 @@ def compute(
             write_card(config.out, record["evaluation"])
     if record["seconds"] is None:
         record |= {"seconds": time.perf_counter() - started, "finished_ms": int(time.time() * 1000),
-                   "peak_memory_bytes": records.peak_memory()}
+                   "peak_memory_bytes": records.peak_memory(), "system": sampler.record()}
     # no part of the work: finished work is judged by the limits of today
     record["gate"] = judge(config.gate, record) if config.gate else None
     record["config"] |= config.model_dump(mode="json", include={"gate", "notify"})

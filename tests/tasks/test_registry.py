@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -40,7 +41,7 @@ def made(tmp_path, migrated):
         out.mkdir(exist_ok=True)
         (out / "manifest.jsonl").write_text(f'{{"kind": "{name}"}}\n')
         config = from_dict({"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}, "output": {"dir": str(out)},
-                            "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e"},
+                            "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e", "outbox": str(tmp_path / "outbox")},
                             "gate": {"max_gb": 1, "register_as": "m", **gate}})
         data = {"file": "f", "digest": digest, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
         record = records.new(config, name * 8) | {
@@ -72,6 +73,7 @@ def test_the_first_version_takes_the_alias_and_tells_all(made):
     assert outcome == {"name": "m", "version": "1", "alias": "champion", "champion": True, "beaten": None, "note": None, "error": None}
     assert records.read(config.out)["registry"] == outcome and holder(config) == "1"
     version = versions(config)["1"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", version.tags.pop("gptq.alias.champion"))
     assert version.tags == {
         "gptq.key": record["key"], "gptq.run": record["id"], "gptq.measure": "kl", "gptq.kl": "0.25",
         "gptq.perplexity_increase": repr(10 * 1.1 / 10 - 1), "gptq.evaluation": "e" * 64, "gptq.checkpoint": str(config.out),
