@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -61,14 +61,16 @@ def compute(
     advance: Callable[[float, str], None] = lambda percent, text: None,
     data: dict[str, Any] | None = None,
     original: str | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """Quantize and evaluate as `config` says; the run record, which also lies on disk.
 
     advance: is told percent and what was done. data: what prepare_dataset returns, where that was done before. original: file of
     the original's log-probabilities, as gptq_core.evaluation.store_original writes them; None: the original is run.
+    sampler: of the machine's load, under way; None: one of its own.
     """
-    with Sampler() as sampler:
-        return _compute(config, report, sampler, steps, advance, data, original)
+    with nullcontext(sampler) if sampler else Sampler() as sampling:
+        return _compute(config, report, sampling, steps, advance, data, original)
 
 
 def _compute(

@@ -32,7 +32,7 @@ class Sampler:
         psutil.cpu_percent()  # the load is that since the last call
         try:
             self._thread.start()
-        except RuntimeError:  # a limit on memory may leave no room for a thread
+        except RuntimeError:  # a limit on threads
             self._end.set()
         return self
 
@@ -59,7 +59,7 @@ class Sampler:
         """Take a sample; False where the system does not tell."""
         try:
             row = sample()
-        except (psutil.Error, OSError, RuntimeError):
+        except (psutil.Error, OSError, RuntimeError, MemoryError):
             return False
         with self._change:
             self._rows.append((time.time() * 1000, row))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,18 @@ def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str
         {"name": "arc_easy", "kind": "tasks", "protocol": "lm-eval", "metric": "acc,none", "higher_is_better": True, "original": 0.5,
          "quantized": 0.25, "recovery": 0.5, "interval": [0.375, 0.625], "inside_noise": False, "lost": 3, "gained": 1, "count": 8,
          "sentence": "worse"},
-        {"name": "wikitext2", "kind": "perplexity", "protocol": "papers", "metric": "perplexity", "higher_is_better": False, "original": 4.0,
-         "quantized": 5.0, "recovery": 0.8, "interval": None, "inside_noise": None, "lost": None, "gained": None, "count": 2,
-         "sentence": "worse"},
+        {"name": "wikitext2", "kind": "perplexity", "protocol": "papers", "metric": "perplexity", "higher_is_better": False,
+         "original": 4.0, "quantized": 5.0, "recovery": 0.8, "interval": None, "inside_noise": None, "lost": None,
+         "gained": None, "count": 2, "sentence": "worse"},
     ]  # fmt: skip
     record = records.new(config, hashlib.sha256(config.out.name.encode()).hexdigest()) | {
         "started": "2023-11-14T22:13:10Z", "finished_ms": DAY, "seconds": 3.0, "stage_seconds": {"forward and hessian": 1.0},
         "peak_memory_bytes": {"host": 5}, "calibration_data": data, "evaluation_data": data | {"digest": "e" * 64, "source": "h.txt"},
         "prefect_flow_run_id": "p", "model_digest": "m" * 64, "device": "cpu",
-        "system": {"interval_seconds": 1.0, "times_ms": [DAY - 2000, DAY - 1000], "metrics": {"cpu_utilization_percentage": [50.0, None],
-                                                                                             "system_memory_usage_megabytes": [1.0, 2.0]}},
-        "assembly": {"bytes": 10, "original_bytes": 40, "bits_per_weight": 4.2, "quantized_layers": 4, "fallback_layers": [], "skipped": []},
+        "system": {"interval_seconds": 1.0, "times_ms": [DAY - 2000, DAY - 1000],
+                   "metrics": {"cpu_utilization_percentage": [50.0, None], "system_memory_usage_megabytes": [1.0, 2.0]}},
+        "assembly": {"bytes": 10, "original_bytes": 40, "bits_per_weight": 4.2, "quantized_layers": 4, "fallback_layers": [],
+                     "skipped": []},
         "evaluation": {"original_perplexity": 2.0, "quantized_perplexity": 2.5, "kl": kl, "top1_agreement": None, "digest": "e" * 64,
                        "flips": 0.125, "overlap": {"share": 0.5, "ngram": 13, "positions": 9}, "measures": measures},
         "blocks": [{"block": b, "seconds": 0.5, "layers": [layer(b, "attn.q", 0.1 + b), layer(b, "mlp.up", None)]} for b in range(2)],
@@ -72,6 +74,7 @@ def make_sweep(folder: Path, cells: dict[str, dict[str, Any]], model: str = "lla
 
 def dump(address: str, experiment: str = "e") -> dict[str, Any]:
     """Every run with its status, times, params, tags, metric histories, inputs and artifacts, and every version; by our own ids."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     client = MlflowClient(tracking_uri=address)
     found = client.get_experiment_by_name(experiment)
     runs = client.search_runs([found.experiment_id]) if found else []

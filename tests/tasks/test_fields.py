@@ -1,11 +1,11 @@
 """What MLflow is told of a record, without MLflow."""
 
 import pytest
+from tracked import DAY, make_config, make_record, make_sweep
 
 from tasks import fields
 from tasks import record as records
 from tasks.config import from_dict
-from tracked import DAY, make_config, make_record, make_sweep
 
 LEAST = {"model": {"path": "org/llama-8b"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
 
@@ -52,7 +52,8 @@ def test_every_number_has_its_name_step_and_time(tmp_path):
     assert single["flips"] == 0.125 and single["overlap_share"] == 0.5 and single["kl"] == 0.25 and single["perplexity_increase"] == 0.25
     place = "measure/arc_easy/acc_none/"
     assert {key.removeprefix(place): value for key, value in single.items() if key.startswith(place)} == {
-        "original": 0.5, "quantized": 0.25, "recovery": 0.5, "recovery_low": 0.375, "recovery_high": 0.625, "lost": 3, "gained": 1, "count": 8}
+        "original": 0.5, "quantized": 0.25, "recovery": 0.5, "recovery_low": 0.375, "recovery_high": 0.625, "lost": 3, "gained": 1,
+        "count": 8}  # fmt: skip
     assert single["measure/wikitext2/perplexity/recovery"] == 0.8 and "measure/wikitext2/perplexity/recovery_low" not in single
     assert "top1_agreement" not in single and "relative_error/mlp.up" not in single, "what was not measured is not told"
     assert told["relative_error/attn.q", 1] == (1.1, DAY) == told["block/worst_relative_error", 1] and told["tokens/mlp.up", 1] == (65, DAY)

@@ -22,14 +22,6 @@ from tasks.registry import objection, promote, promote_in_mlflow
 from tasks.tracking import log_to_mlflow
 
 
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory):
-    """An empty MLflow database: to make one takes seconds, to copy it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def made(tmp_path, migrated):
     """made(name, kl, ...): a config and a logged record that passed its gate, with a folder of its own."""
@@ -41,7 +33,8 @@ def made(tmp_path, migrated):
         out.mkdir(exist_ok=True)
         (out / "manifest.jsonl").write_text(f'{{"kind": "{name}"}}\n')
         config = from_dict({"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}, "output": {"dir": str(out)},
-                            "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e", "outbox": str(tmp_path / "outbox")},
+                            "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e",
+                                         "outbox": str(tmp_path / "outbox")},
                             "gate": {"max_gb": 1, "register_as": "m", **gate}})
         data = {"file": "f", "digest": digest, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
         record = records.new(config, name * 8) | {

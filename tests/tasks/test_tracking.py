@@ -52,7 +52,8 @@ def test_everything_is_logged_once_however_often_it_is_tried(config, record):
     history = client.get_metric_history(first["run_id"], "relative_error/attn.q")
     assert [(point.step, point.value) for point in history] == [(0, 0.1), (1, 1.1)]
     assert {tag.value for data in found[0].inputs.dataset_inputs for tag in data.tags} == {"calibration", "evaluation"}
-    assert {item.path for item in client.list_artifacts(first["run_id"])} == {"manifest.jsonl", "config.yaml", "run.json", "relative_error.png"}
+    artifacts = {item.path for item in client.list_artifacts(first["run_id"])}
+    assert artifacts == {"manifest.jsonl", "config.yaml", "run.json", "relative_error.png"}
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x",
