@@ -142,7 +142,7 @@ def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
 def registered(found: dict[str, Any]) -> str:
     """A version in the model registry, and whether it holds the alias."""
     if found["error"]:
-        return "not registered; the same command tries again"
+        return "not registered; the same command tries again, and so does python -m flows track-pending"
     beaten = f", before: version {found['beaten']}" if found["beaten"] else ""
     return f"{found['name']} version {found['version']}, {'is' if found['champion'] else 'not'} {found['alias']}{beaten}"
 

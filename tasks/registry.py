@@ -143,4 +143,5 @@ def _version(client: Any, config: RunConfig, tags: dict[str, str], run_id: str, 
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"runs:/{run_id}" if over_http else Path(tags["gptq.checkpoint"]).as_uri()
-    return client.create_model_version(name, source, run_id=run_id, tags=tags)
+    # nothing is copied, so there is nothing to wait for
+    return client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=0)

@@ -1,19 +1,13 @@
 """The registry, in a database and over a real tracking server: one version a work, and an alias that only the better one takes."""
 
 import hashlib
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from servers import TrackingServer
 
 from tasks import record as records
 from tasks.config import from_dict
@@ -175,32 +169,11 @@ def test_a_store_that_is_away_costs_only_the_version(made, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, migrated):
-    """A tracking server of two processes, ended as a group."""
     shutil.copy(migrated, tmp_path / "server.db")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "artifacts")],
-            stdout=log, stderr=log, env=environ, cwd=tmp_path, start_new_session=True)  # fmt: skip
-    try:
-        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < until, (tmp_path / "server.log").read_text()
-                time.sleep(0.2)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    found = TrackingServer(tmp_path)
+    found.start()
+    yield found.address
+    found.end()
 
 
 def test_over_a_server_the_tags_tell_the_folder(made, server):
