@@ -1,4 +1,7 @@
-"""Prefect artifacts of a run. Prefect going away never costs a run: what it does not take is dropped after the first refusal."""
+"""Prefect artifacts of a run, and the links between it and its run in MLflow.
+
+Prefect going away never costs a run: what it does not take is dropped after the first refusal.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,20 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
 
 from flows import progress
+from tasks.config import without_password
+
+LATER = "`python -m flows track-pending` makes up for it"
+
+
+def prefect_run() -> dict[str, str | None]:
+    """This flow run as records name it, with its page where Prefect's settings tell one."""
+    name = flow_run.get_id()
+    page = url_for("flow-run", obj_id=name) if name else None
+    return {"prefect_flow_run_id": name, "prefect_flow_run_url": page and without_password(page)}
 
 MOST_BYTES = 300_000
 """Of a picture that is stored in Prefect's database, in the text of its artifact."""
@@ -36,6 +51,16 @@ class Board:
             self._bar = self._try(create_progress_artifact, percent, key=f"{self.name}-progress", description=text)
         else:
             self._try(update_progress_artifact, self._bar, percent, description=text)
+
+    def tracked(self, logged: dict[str, Any]) -> None:
+        """Where MLflow has the run: the link from here to there."""
+        if logged["error"]:
+            text = f"Not in MLflow yet ({logged['error']}); {LATER}."
+        elif logged["url"]:
+            text = f"[MLflow run {logged['run_id']}]({logged['url']})"
+        else:
+            text = f"MLflow run `{logged['run_id']}` of experiment `{logged['experiment']}` in `{logged['uri']}`"
+        self._try(create_markdown_artifact, text, key=f"{self.name}-mlflow", description="the run in MLflow")
 
     def table(self, rows: dict[str, Any], text: str) -> None:
         self.lines([{"what": key, "value": value} for key, value in rows.items()], text)

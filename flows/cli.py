@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import report
-from flows.launch import outcome, quiet, run, run_sweep, watched
+from flows.launch import FAILED, fail, outcome, quiet, run, run_sweep, watched
 
 app = typer.Typer(
     help="Quantize Hugging Face causal language models with GPTQ: one command from a model to an evaluated, tracked checkpoint.",
@@ -172,6 +172,26 @@ def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help=
 
 
 @app.command()
+def track_pending(
+    outbox: Annotated[Path, typer.Option(help="Folder of the notes: tracking.outbox of the runs.")] = Path("runs/outbox"),
+    uri: option(str, "Address of the store now, where it is not the one of the runs; env:NAME: it stands in the environment.",
+                panel="Options") = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Log to MLflow, and register there, what it did not take when runs and sweeps ended."""
+    with outcome():
+        quiet()
+        from tasks.replay import replay
+
+        found = replay(outbox, uri)
+        show_json(found) if as_json else show_pending(outbox, found)
+        waiting = [each for each in found if each["why"]]
+        if waiting:
+            fail(FAILED, f"{len(waiting)} of {len(found)} stay in {outbox}; the first, {waiting[0]['path'] or waiting[0]['entry']}: "
+                         f"{waiting[0]['why']}")
+
+
+@app.command()
 def serve(
     file: Annotated[Path, typer.Option(help="Where the deployments are described.")] = Path("prefect.yaml"),
     name: Annotated[list[str] | None, typer.Option(help="Serve only this deployment; may be repeated.", show_default=False)] = None,
@@ -230,6 +250,13 @@ def validated(schema: Any, **values: Any) -> Any:
 
 def show_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_pending(outbox: Path, found: list[dict[str, Any]]) -> None:
+    for each in found:
+        typer.echo(f"{each['path'] or each['entry']}: {'stays: ' + each['why'] if each['why'] else 'logged as run ' + each['run_id']}")
+    if not found:
+        typer.echo(f"{outbox}: nothing is pending")
 
 
 def show_rows(values: dict[str, Any]) -> None:

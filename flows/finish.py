@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flows.artifacts import LATER
 from tasks import record as records
 from tasks.config import NotifyConfig, RunConfig
 from tasks.notify import Told, events, notify, summary
@@ -28,7 +29,7 @@ def register(config: RunConfig, record: dict[str, Any], report: Reporter) -> dic
     if verdict and verdict["passed"] and config.gate.register_as:
         with report.stage("register"):
             found = promote(config, record)
-        for text in (found["note"], found["error"] and f"not registered: {found['error']}"):
+        for text in (found["note"], found["error"] and f"not registered: {found['error']}; {LATER}"):
             if text:
                 report.note(text)
     return {**record, "registry": found}

@@ -7,11 +7,10 @@ import time
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows import progress
-from flows.artifacts import Board
+from flows.artifacts import LATER, Board, prefect_run
 from flows.dead_runs import mark_dead_runs
 from flows.finish import finish
 from flows.report import written
@@ -38,13 +37,15 @@ def quantize(config: RunConfig) -> Any:
     for note in notes:
         report.note(f"note: {note}")
     record = compute(config, report, advance=board.progress)
-    record["prefect_flow_run_id"] = record["prefect_flow_run_id"] or flow_run.get_id()
+    if not record["prefect_flow_run_id"]:
+        record |= prefect_run()
     record["notes"] = notes
     file = written("run", record, report)  # before the log, which takes it along
     with report.stage("log"):
         record["mlflow"] = log(config, record)
     if record["mlflow"]["error"]:
-        report.note(f"computed, not recorded in MLflow: {record['mlflow']['error']}")
+        report.note(f"computed, not recorded in MLflow: {record['mlflow']['error']}; {LATER}")
+    board.tracked(record["mlflow"])
     record = finish(config, record, report)
     board.table(results(record), f"{config.model.path} at {config.quantization.bits} bits")
     board.figure(lambda: relative_errors(record["blocks"]) if record["blocks"] else None, "relative error of each layer", file)

@@ -62,7 +62,7 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     if record.get("registry"):
         places.add_row("registry", registered(record["registry"]))
     if not tracked:
-        places.add_row("MLflow", "not recorded; the same command tries again")
+        places.add_row("MLflow", "not recorded; python -m flows track-pending makes up for it")
     else:
         places.add_row("MLflow", uri if uri.startswith(("http", "env:", "block:")) else f"mlflow ui --backend-store-uri {uri}")
     places.add_row("Prefect", f"prefect server start   (flow run {record['prefect_flow_run_id']})")
@@ -137,7 +137,7 @@ def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
 def registered(found: dict[str, Any]) -> str:
     """A version in the model registry, and whether it holds the alias."""
     if found["error"]:
-        return "not registered; the same command tries again"
+        return "not registered; the same command tries again, and so does python -m flows track-pending"
     beaten = f", before: version {found['beaten']}" if found["beaten"] else ""
     return f"{found['name']} version {found['version']}, {'is' if found['champion'] else 'not'} {found['alias']}{beaten}"
 

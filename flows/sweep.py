@@ -12,25 +12,25 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
-from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import progress
-from flows.artifacts import Board
+from flows.artifacts import LATER, Board, prefect_run
 from flows.cluster import ray_options, ray_runner
 from flows.dead_runs import mark_dead_runs
 from flows.finish import register, tell
 from flows.report import written
 from gptq_core.errors import GPTQError
 from tasks import cells as at
+from tasks import outbox
 from tasks import record as records
 from tasks.cells import Places, State
 from tasks.figures import front
@@ -42,6 +42,16 @@ from tasks.worker import Job
 
 class SweepFailedError(GPTQError):
     """Cells of the sweep failed, or none can be recommended; what is done stays."""
+
+
+@dataclass
+class Parent:
+    """The sweep's own run in MLflow."""
+
+    sweep: dict[str, Any]
+    """What names it: tasks.cells.opening."""
+    logged: dict[str, Any] = field(default_factory=dict)
+    """open_sweep's outcome; its error is that of the first try that failed, after which no other is made."""
 
 
 @flow(name="sweep", flow_run_name="sweep-{config.folder.name}", on_running=[mark_dead_runs])
@@ -56,9 +66,10 @@ def _sweep(config: SweepConfig) -> Any:
     states, before = at.examine(config), at.read(config)
     missing = [state for state in states if state.status == "missing"]
     tracked = next(state.config for state in states if state.cell.config)
-    parent = open_sweep(tracked, at.sweep_id(config), config.folder.name)
-    if parent["error"]:
-        report.note(f"not recorded in MLflow for now: {parent['error']}")
+    parent = Parent(at.opening(config))
+    parent.logged = open_sweep(tracked.tracking, parent.sweep)
+    if parent.logged["error"]:
+        report.note(f"not recorded in MLflow for now: {parent.logged['error']}; {LATER}")
     for state in states:
         if state.status == "done":
             _log_cell(config, state, parent, report)
@@ -67,13 +78,17 @@ def _sweep(config: SweepConfig) -> Any:
         with report.stage("cells", len(missing)) as tick:
             finished = dict(done(config, missing, parent, report, board, tick))
         states = [finished.get(state.cell.name, state) for state in states]
-    found = at.result(config, states, [state.cell.name for state in missing], started)
-    found |= {"registry": _register(states, found, report), "notified": before.get("notified")}
-    at.write(config, found)
+    found = at.result(config, states, [state.cell.name for state in missing], started) | prefect_run()
+    if not missing and at.same(before, found):  # told again, not done again
+        found |= {key: before[key] for key in ("finished", "seconds", *prefect_run()) if key in before}
+    found |= {"registry": _register(states, found, parent, report), "notified": before.get("notified")}
+    path = at.write(config, found)
     file = written("sweep", found, report)  # before the log, which takes it along
-    found["mlflow"] = log_sweep(tracked, found, parent["run_id"]) if parent["run_id"] else parent
+    found["mlflow"] = parent.logged if parent.logged["error"] else log_sweep(tracked.tracking, found)
+    outbox.settle(tracked.tracking, "sweep", path, found["mlflow"])
     found["notified"] = tell(tracked.notify, at.happened(found), at.summary(found), found["notified"], report)
     at.write(config, found)
+    board.tracked(found["mlflow"])
     board.lines(table(found), f"{config.folder}: {found['recommended']['rule']}: {found['recommended']['name']}")
     board.figure(lambda: front(found), "quality against size" + (", screening" if found["mode"] == "screening" else ""), file)
     board.progress(100, "done")
@@ -114,7 +129,7 @@ def run_cell(name: str, job: Job, limits: dict[str, Any], logs: str, folder: str
 
 
 def _exact(
-    config: SweepConfig, missing: list[State], parent: dict[str, Any], report: progress.Reporter, board: Board, tick: Tick
+    config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick
 ) -> Found:
     """Cells as they finish: logged, and told."""
     places, by_name = at.places(config, missing), {state.cell.name: state for state in missing}
@@ -172,7 +187,7 @@ def _outcome(future: PrefectFuture) -> Outcome:
 
 
 def _screening(
-    config: SweepConfig, missing: list[State], parent: dict[str, Any], report: progress.Reporter, board: Board, tick: Tick
+    config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick
 ) -> Found:
     """All cells that share model and texts in one job; jobs one after another, with all cores."""
     places = at.places(config.model_copy(update={"max_parallel": 1}), missing)
@@ -196,30 +211,38 @@ def _screening(
 # -- what is told ---------------------------------------------------------------------------------------------------------
 
 
-def _log_cell(config: SweepConfig, state: State, parent: dict[str, Any], report: progress.Reporter) -> None:
-    """The cell as a child run in MLflow, once; what the server does not take is logged by the next run of the sweep."""
+def _log_cell(config: SweepConfig, state: State, parent: Parent, report: progress.Reporter) -> None:
+    """The cell as a child run in MLflow, once. After the first that MLflow did not take no other is tried: they go to the outbox."""
     record = state.record
-    if config.mode == "screening" or parent["run_id"] is None or _logged(state, parent):
+    if config.mode == "screening" or _logged(state, parent):
         return
-    record["tags"] = {"mlflow.parentRunId": parent["run_id"], "gptq.sweep": at.sweep_id(config), "gptq.cell": state.cell.name}
-    record["prefect_flow_run_id"] = record["prefect_flow_run_id"] or flow_run.get_id()
+    record["sweep"] = parent.sweep | {"cell": state.cell.name}
+    if not record["prefect_flow_run_id"]:
+        record |= prefect_run()
+    if parent.logged["error"]:
+        record["mlflow"] = parent.logged | {"run_id": None, "url": None}
+        path = records.write(state.config.out, record)
+        outbox.settle(state.config.tracking, "run", path, record["mlflow"])
+        return
     record["mlflow"] = log(state.config, record)
     if record["mlflow"]["error"]:
-        report.note(f"{state.cell.name}: computed, not recorded in MLflow: {record['mlflow']['error']}")
+        parent.logged["error"] = record["mlflow"]["error"]
+        report.note(f"{state.cell.name}: computed, not recorded in MLflow: {parent.logged['error']}; {LATER}")
 
 
-def _logged(state: State, parent: dict[str, Any]) -> bool:
+def _logged(state: State, parent: Parent) -> bool:
     """Whether MLflow has the cell as a child of this very parent."""
     known = state.record.get("mlflow") or {}
-    of_parent = (state.record.get("tags") or {}).get("mlflow.parentRunId") == parent["run_id"]
-    return bool(known.get("run_id")) and known["error"] is None and of_parent
+    return bool(known.get("run_id")) and known["error"] is None and known.get("parent_run_id") == parent.logged["run_id"]
 
 
-def _register(states: list[State], found: dict[str, Any], report: progress.Reporter) -> dict[str, Any] | None:
+def _register(states: list[State], found: dict[str, Any], parent: Parent, report: progress.Reporter) -> dict[str, Any] | None:
     """The recommended cell in the model registry, where it has passed its gate and the gate names one. Screening registers nothing."""
     [chosen] = [state for state in states if state.cell.name == found["recommended"]["name"]] or [None]
     if chosen is None or found["mode"] == "screening":
         return None
+    if parent.logged["error"]:  # what the store would end with again, after as long
+        chosen.record["mlflow"] = parent.logged | {"run_id": None, "url": None}
     record = register(chosen.config, chosen.record, report)
     records.write(chosen.config.out, record)
     return record["registry"]

@@ -28,6 +28,7 @@ from tasks import record as records
 from tasks.choose import front, recommend
 from tasks.config import RunConfig
 from tasks.data import overlap_record, save
+from tasks.fields import model_name
 from tasks.gate import judge, measured
 from tasks.measuring import check_measures
 from tasks.prepare import Prepared, available_memory, existing, fits, foresee, open_quantization, prepare
@@ -269,13 +270,21 @@ def row(state: State) -> dict[str, Any]:
     }
 
 
+def opening(config: SweepConfig) -> dict[str, Any]:
+    """What names a sweep before any cell is computed: its run in MLflow is made from it."""
+    names = dict.fromkeys(model_name(cell.config.model.path) for cell in config.expanded() if cell.config)
+    name, started = sweep_id(config), (config.folder / "shared" / "id").stat().st_mtime
+    return {"id": name, "folder": str(config.folder), "mode": config.mode, "started_ms": int(started * 1000),
+            "model": next(iter(names)) if len(names) == 1 else f"{len(names)} models"}
+
+
 def result(config: SweepConfig, states: list[State], computed: list[str], started: float) -> dict[str, Any]:
     """sweep.json: the cells, the front and the choice. It keeps its id, by which MLflow's run is found."""
     rows, choice = [row(state) for state in states], config.choose
     measure = choice.measure if any(r["kl"] is not None for r in rows) else "perplexity"
     gated = any(state.cell.config and state.cell.config.gate for state in states)
     return {
-        "id": sweep_id(config), "mode": config.mode, "config": config.model_dump(mode="json"), "folder": str(config.folder),
+        **opening(config), "config": config.model_dump(mode="json"), "source": records.source(), "machine": records.machine(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": time.perf_counter() - started, "computed": computed,
         "measure": measure, "cells": rows, "front": front(rows, measure),
         "recommended": recommend(rows, rule=choice.rule, measure=measure, max_gb=choice.max_gb, gated=gated,
@@ -296,6 +305,16 @@ def settled(config: SweepConfig, states: list[State]) -> dict[str, Any] | None:
         return None
     now = json.loads(json.dumps(result(config, states, [], time.perf_counter())))
     return before | {"computed": []} if all(before[key] == now[key] for key in ("config", "cells", "front", "recommended")) else None
+
+
+def same(before: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether a sweep.json tells what another one told; the ids of MLflow's runs aside, which may come later."""
+
+    def told(sweep: dict[str, Any]) -> Any:
+        cells = [{key: value for key, value in row.items() if key != "mlflow_run_id"} for row in sweep["cells"]]
+        return json.loads(json.dumps([cells, *(sweep[key] for key in ("config", "front", "recommended"))]))
+
+    return bool(before) and told(before) == told(found)
 
 
 def objection(found: dict[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ A relative path of a model, a text or an output is relative to the working direc
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -120,6 +121,8 @@ class TrackingConfig(Schema):
     One with a password: env:NAME or block:NAME, see tasks.settings."""
     experiment: Annotated[str, Field(min_length=1)] = "gptq"
     """MLflow experiment; made where it does not exist."""
+    outbox: Annotated[str, Field(min_length=1)] = "runs/outbox"
+    """Folder for notes of what MLflow did not take, which `python -m flows track-pending` logs later."""
 
     @field_validator("uri")
     @classmethod
@@ -252,11 +255,16 @@ class RunConfig(Schema):
         if self.output.dir is not None:
             return Path(self.output.dir).expanduser()
         name = re.sub(r"[^\w.-]+", "-", Path(self.model.path).resolve().name if Path(self.model.path).is_dir() else self.model.path)
+        return Path("runs") / f"{name.strip('.-') or 'model'}-{self.width}"
+
+    @property
+    def width(self) -> str:
+        """Bits, or the budget of them, and group size, as names tell them: w4g128."""
         group = "row" if self.quantization.group_size == -1 else self.quantization.group_size
         width, wanted = self.quantization.bits, self.quantization.allocate
         if wanted:
             width = f"{wanted.budget_bpw:g}" if wanted.budget_bpw is not None else f"{wanted.budget_gb:g}gb-"
-        return Path("runs") / f"{name.strip('.-') or 'model'}-w{width}g{group}"
+        return f"w{width}g{group}"
 
     @property
     def evaluation_backend(self) -> str | None:
@@ -271,16 +279,26 @@ class RunConfig(Schema):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def flat(self) -> dict[str, Any]:
-        """Dotted keys to values, for tables and MLflow parameters. Text given in place is only counted."""
-        rooms = {room: values for room, values in self.model_dump(mode="json").items() if values is not None}
-        rows = {f"{room}.{key}": value for room, values in rooms.items() for key, value in values.items()}
-        rows["output.dir"] = str(self.out)
-        rows["evaluation.measures"] = ", ".join(_measure_name(measure) for measure in self.evaluation.measures) or None
-        return {key: f"{len(value)} given in the config" if isinstance(value, list) else value for key, value in rows.items()}
+        """Dotted keys to values, for tables and MLflow parameters. Sections that are not set are left out."""
+        rows: dict[str, Any] = {}
+        for room, values in self.model_dump(mode="json").items():
+            if values is not None:
+                _flatten(room, values, rows)
+        return rows | {"output.dir": str(self.out)}
 
 
-def _measure_name(measure: Measure) -> str:
-    return measure.label if measure.kind == "perplexity" else " ".join(measure.tasks)
+def _flatten(key: str, value: Any, rows: dict[str, Any]) -> None:
+    """Add what `value` holds under dotted keys; text given in place is only counted, rules whose names are patterns stay one JSON."""
+    if isinstance(value, dict) and value and all(re.fullmatch(r"\w+", str(name)) for name in value):
+        for name, item in value.items():
+            _flatten(f"{key}.{name}", item, rows)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            _flatten(f"{key}.{index}", item, rows)
+    elif isinstance(value, list) and key.endswith(".dataset"):
+        rows[key] = f"{len(value)} given in the config"
+    else:
+        rows[key] = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
 OPTIONAL = tuple(room for room, field in RunConfig.model_fields.items() if field.default is None)

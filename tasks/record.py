@@ -5,22 +5,27 @@ It is written before MLflow is asked for anything, so a tracking server that is 
 
 from __future__ import annotations
 
+import calendar
 import json
 import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 import time
 import uuid
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gptq_core.checkpoint.writer import replace_file
+from gptq_core.checkpoint.format import code_version
+from gptq_core.checkpoint.writer import MANIFEST, replace_file
 from gptq_core.errors import InputError
 from tasks.config import RunConfig
 
 PROC = Path("/proc/self")
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def beside(out: str | Path, suffix: str) -> Path:
@@ -64,8 +69,9 @@ def new(config: RunConfig, key: str) -> dict[str, Any]:
     return {
         "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}", "key": key, "config": config.model_dump(mode="json"), "out": str(config.out),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "finished_ms": None, "seconds": None, "stage_seconds": {},
-        "peak_memory_bytes": None, "machine": machine(), "calibration_data": None, "evaluation_data": None, "allocation": None,
-        "assembly": None, "evaluation": None, "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "mlflow": None,
+        "peak_memory_bytes": None, "machine": machine(), "source": source(), "system": None, "model_digest": None, "device": None,
+        "calibration_data": None, "evaluation_data": None, "allocation": None, "assembly": None, "evaluation": None,
+        "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "prefect_flow_run_url": None, "sweep": None, "mlflow": None,
         "gate": None, "registry": None, "notified": None,
     }
 
@@ -84,10 +90,39 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}",
+        "host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+@lru_cache(maxsize=1)
+def source() -> dict[str, str | None]:
+    """Version of the code, and the revision of the checkout that it runs from, with -dirty where files differ; None without one."""
+    return {"version": code_version(), "git": _revision(CHECKOUT)}
+
+
+def _revision(checkout: Path) -> str | None:
+    if not (checkout / ".git").exists():  # git would look in the folders above
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a checkout of another user, which it does not read
+        return None
+
+
+def of_manifest(out: str | Path) -> dict[str, Any]:
+    """What a run's record takes from its checkpoint's manifest: {"model_digest", "device": its type}."""
+    with (Path(out) / MANIFEST).open(encoding="utf-8") as lines:
+        run = json.loads(lines.readline())
+    return {"model_digest": run["model_sha256"], "device": run["versions"]["device"]}
+
+
+def milliseconds(moment: str) -> int:
+    """Since 1970, of a moment as records write it."""
+    return 1000 * calendar.timegm(time.strptime(moment, "%Y-%m-%dT%H:%M:%SZ"))
 
 
 def peak_memory() -> dict[str, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from prefect.cache_policies import NO_CACHE
 
 from gptq_core.checkpoint.reader import file_sha256
 from gptq_core.checkpoint.writer import MANIFEST
+from tasks import outbox
 from tasks import record as records
-from tasks.config import RunConfig
+from tasks.config import GateConfig, RunConfig, TrackingConfig
 from tasks.gate import measured
-from tasks.tracking import attempt
+from tasks.tracking import guarded
 
 MEASURES = ("kl", "perplexity_increase")
 
@@ -38,41 +40,52 @@ def promote(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
     what MLflow does not take ends in `error`, one line, and no exception.
     """
     outcome = promote_in_mlflow(config, record)
+    if record["evaluation"] is not None:
+        outbox.settle(config.tracking, "run", records.record_path(config.out), outcome, register=True)
     records.write(config.out, {**record, "registry": outcome})
     return outcome
 
 
-def promote_in_mlflow(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """promote, without Prefect and without the record on disk."""
-    gate, logged = config.gate, record.get("mlflow") or {}
+def promote_in_mlflow(config: RunConfig, record: dict[str, Any], tracking: TrackingConfig | None = None) -> dict[str, Any]:
+    """promote, without Prefect, the outbox and the record on disk. tracking: where to, if not where the config says."""
+    gate, logged, tracking = config.gate, record.get("mlflow") or {}, tracking or config.tracking
     outcome = {"name": gate.register_as, "version": None, "alias": gate.alias, "champion": False, "beaten": None, "note": None,
                "error": None}  # fmt: skip
     if record["evaluation"] is None:  # a gate of sizes alone lets it pass
         return outcome | {"error": "the checkpoint is not evaluated"}
     if logged.get("run_id") is None:
-        return outcome | {"error": "the run is not in MLflow"}
-    found, error = attempt(lambda: _promote(config, record, logged["run_id"]))
-    return outcome | (found or {}) | {"error": error}
+        return outcome | {"error": "the run is not in MLflow" + (f": {logged['error']}" if logged.get("error") else "")}
+    found = guarded(tracking, lambda: _promote(config, record, logged["run_id"], tracking))
+    return {key: found.get(key, value) for key, value in outcome.items()}
 
 
-def _promote(config: RunConfig, record: dict[str, Any], run_id: str) -> dict[str, Any]:
+def _promote(config: RunConfig, record: dict[str, Any], run_id: str, tracking: TrackingConfig) -> dict[str, Any]:
     from mlflow import MlflowClient
 
     gate, tags = config.gate, version_tags(config, record)
-    client = MlflowClient(tracking_uri=config.tracking.address)
+    client = MlflowClient(tracking_uri=tracking.address)
     holder = _holder(client, gate.register_as, gate.alias)
-    version = _version(client, config, tags, run_id)
+    version = _version(client, config, tags, run_id, over_http=tracking.address.startswith("http"))
     outcome = {"version": str(version.version), "champion": False, "beaten": None, "note": None}
     if holder is not None and str(holder.version) == outcome["version"]:
+        if f"gptq.alias.{gate.alias}" not in holder.tags:  # cut off between the alias and its date
+            _date(client, gate, version)
         return outcome | {"champion": True}
     note = objection(tags, holder.tags if holder else None, gate.measure)
     if note:
         where = f"version {holder.version} keeps the alias" if holder else "the alias is not given"
         return outcome | {"note": f"{where}: {note}"}
     client.set_registered_model_alias(gate.register_as, gate.alias, outcome["version"])
+    _date(client, gate, version)
     if holder and holder.tags.get("gptq.checkpoint") == tags["gptq.checkpoint"]:
         outcome["note"] = f"the files of version {holder.version} were replaced by this run, so it loses the alias"
     return outcome | {"champion": True, "beaten": str(holder.version) if holder else None}
+
+
+def _date(client: Any, gate: GateConfig, version: Any) -> None:
+    """MLflow keeps no history of an alias: a version tells when it took one, each time."""
+    key, now = f"gptq.alias.{gate.alias}", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    client.set_model_version_tag(gate.register_as, str(version.version), key, f"{version.tags.get(key, '')} {now}".strip())
 
 
 def version_tags(config: RunConfig, record: dict[str, Any]) -> dict[str, str]:
@@ -111,7 +124,7 @@ def _holder(client: Any, name: str, alias: str) -> Any:
         return None
 
 
-def _version(client: Any, config: RunConfig, tags: dict[str, str], run_id: str) -> Any:
+def _version(client: Any, config: RunConfig, tags: dict[str, str], run_id: str, over_http: bool) -> Any:
     """The version of this work in this folder, with tags as they are now; made where there is none."""
     from mlflow.exceptions import MlflowException
 
@@ -119,15 +132,16 @@ def _version(client: Any, config: RunConfig, tags: dict[str, str], run_id: str) 
     same = [found for found in client.search_model_versions(f"name='{name}' and tags.`gptq.key` = '{tags['gptq.key']}'")
             if found.tags.get("gptq.checkpoint") == tags["gptq.checkpoint"]]  # fmt: skip
     if same:
+        version = min(same, key=lambda found: int(found.version))
         for key, value in tags.items():
-            if same[0].tags.get(key) != value:
-                client.set_model_version_tag(name, str(same[0].version), key, value)
-        return same[0]
+            if version.tags.get(key) != value:
+                client.set_model_version_tag(name, str(version.version), key, value)
+        return version
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    over_http = config.tracking.address.startswith("http")
     source = f"runs:/{run_id}" if over_http else Path(tags["gptq.checkpoint"]).as_uri()
-    return client.create_model_version(name, source, run_id=run_id, tags=tags)
+    # nothing is copied, so there is nothing to wait for
+    return client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from tasks.gate import judge
 from tasks.measuring import measures_key
 from tasks.prepare import open_quantization, stored_allocation
 from tasks.quantize import Handle, assemble, capture_calibration, quantize_block
+from tasks.system import Sampler
 
 
 class Reporter(Protocol):
@@ -62,12 +63,22 @@ def compute(
     advance: Callable[[float, str], None] = lambda percent, text: None,
     data: dict[str, Any] | None = None,
     original: str | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """Quantize and evaluate as `config` says; the run record, which also lies on disk.
 
     advance: is told percent and what was done. data: what prepare_dataset returns, where that was done before. original: file of
     the original's log-probabilities, as gptq_core.evaluation.store_original writes them; None: the original is run.
+    sampler: of the machine's load, under way; None: one of its own.
     """
+    with nullcontext(sampler) if sampler else Sampler() as sampling:
+        return _compute(config, report, sampling, steps, advance, data, original)
+
+
+def _compute(
+    config: RunConfig, report: Reporter, sampler: Sampler, steps: Steps, advance: Callable[[float, str], None],
+    data: dict[str, Any] | None, original: str | None,
+) -> dict[str, Any]:  # fmt: skip
     started = time.perf_counter()
     if data is None:
         with report.stage("prepare dataset"):
@@ -83,6 +94,7 @@ def compute(
             record["blocks"] = _quantize(job, report, advance, steps)
         with report.stage("assemble"):
             record["assembly"] = steps.assemble(Handle(job))
+        record |= records.of_manifest(config.out)
         if not job.finished:
             record["stage_seconds"] = {"prepare": data["seconds"], **job.stage_seconds}
             if allocation:
@@ -95,7 +107,7 @@ def compute(
             write_card(config.out, record["evaluation"])
     if record["seconds"] is None:
         record |= {"seconds": time.perf_counter() - started, "finished_ms": int(time.time() * 1000),
-                   "peak_memory_bytes": records.peak_memory()}
+                   "peak_memory_bytes": records.peak_memory(), "system": sampler.record()}
     # no part of the work: finished work is judged by the limits of today
     record["gate"] = judge(config.gate, record) if config.gate else None
     record["config"] |= config.model_dump(mode="json", include={"gate", "notify"})

@@ -101,17 +101,19 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     from tasks.config import from_dict
     from tasks.measuring import measure_original
     from tasks.run import Steps, compute
+    from tasks.system import Sampler
 
     # after all imports: the limit is for the work
     records.forget_peak_memory()
     torch.set_num_threads(job["threads"])
-    if job.get("memory_gb"):
-        size = int(job["memory_gb"] * 1e9)
-        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     reader.known_sha256.update(job.get("known_sha256", {}))
     if job["kind"] == "run":
-        record = compute(from_dict(job["config"]), events, steps=Steps.plain(), data=job["data"], original=job["original"])
+        with Sampler() as sampler:  # before the limit: Python waits without end for a thread that has no memory to come up
+            _limit_memory(job)
+            record = compute(from_dict(job["config"]), events, steps=Steps.plain(), data=job["data"], original=job["original"],
+                             sampler=sampler)  # fmt: skip
         return {"record": record}
+    _limit_memory(job)
     if job["kind"] == "original":
         windows = Windows.load(job["windows"])
         store_original(job["model"], windows, Path(job["file"]), revision=job["revision"], device=job["device"])
@@ -126,6 +128,12 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
                            on_block=lambda done, total: tick(done, f"block {done}/{total} of {len(cells)} cells"))
         return {"cells": {name: screened.record() for name, screened in found.items()}}
     raise ValueError(f"kind {job['kind']!r}: must be run, original or screening")
+
+
+def _limit_memory(job: Job) -> None:
+    if job.get("memory_gb"):
+        size = int(job["memory_gb"] * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 if __name__ == "__main__":

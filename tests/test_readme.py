@@ -58,7 +58,7 @@ def test_the_pipeline_runs_as_it_is_written(commands, request, prefect_server, t
         result = CliRunner().invoke(app, [name, *args])
         assert result.exit_code == 0, (name, args, result.output)
         ran.append(name)
-    assert ran == ["--help", "quantize", "plan", "quantize", "evaluate", "inspect", "report", "dequantize", "sweep"]
+    assert ran == ["--help", "quantize", "plan", "quantize", "evaluate", "inspect", "report", "dequantize", "track-pending", "sweep"]
     for made in ("OUT", "OUT3", "DENSE"):
         assert (tmp_path / made / "config.json").is_file()
     assert (tmp_path / "mlflow.db").is_file()

@@ -59,6 +59,11 @@ def test_checkpoint_record_table_mlflow_and_prefect_agree(done, home):
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(record["prefect_flow_run_id"])
         names = {task.name for task in client.read_task_runs()}
+        [link] = [each for each in client.read_artifacts() if each.key == "quantize-mlflow" and each.flow_run_id == flow_run.id]
+    assert run.info.run_id in link.data and run.data.tags["prefect.flow_run_id"] == str(flow_run.id)
+    assert run.data.tags["prefect.flow_run_url"].endswith(f"/runs/flow-run/{flow_run.id}")
+    assert run.data.metrics["system/system_memory_usage_percentage"] > 0 and run.data.tags["gptq.device"] == "cpu"
+    assert len(run.data.tags["gptq.model_digest"]) == 64 and run.info.end_time == record["finished_ms"]
     assert flow_run.state.is_completed() and flow_run.parameters["config"]["quantization"]["bits"] == 4
     assert {"quantize_block-0", "quantize_block-1"} <= names
 

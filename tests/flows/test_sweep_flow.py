@@ -86,12 +86,12 @@ def test_a_cell_is_what_a_single_run_writes(first, home, run_yaml):
 def test_mlflow_has_a_parent_and_a_child_for_each_cell(first, home):
     _, found = first
     runs = {run.info.run_name: run for run in mlflow_runs(home)}
-    parent = runs["s"]
+    parent = runs["tiny-llama sweep s"]
     assert parent.info.run_id == found["mlflow"]["run_id"] and parent.data.tags["gptq.recommended"] == "bits=4_group_size=32"
     assert parent.data.metrics["cells/failed"] == 2 and parent.info.status == "FAILED"
     for name in found["front"]:
-        assert runs[name].data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert runs[name].data.metrics["kl"] == rows(found)[name]["kl"]
+        assert runs[f"tiny-llama {name}"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert runs[f"tiny-llama {name}"].data.metrics["kl"] == rows(found)[name]["kl"]
     artifacts = {item.path for item in MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db").list_artifacts(parent.info.run_id)}
     assert {"sweep.json", "front.png"} <= artifacts
 
@@ -216,7 +216,7 @@ def test_screening_ranks_without_checkpoints_and_says_so(home, run_yaml):
     assert [row["status"] for row in json.loads(both.stdout)["cells"]] == ["done", "done"], both.output
     again = call(*args[:2], "bits=2,3,4,8", *args[3:], "--json")
     assert json.loads(again.stdout)["computed"] == ["bits=3_group_size=32"]
-    assert [run.data.tags["gptq.mode"] for run in mlflow_runs(home) if run.info.run_name == "screen"] == ["screening"]
+    assert [run.data.tags["gptq.mode"] for run in mlflow_runs(home) if run.info.run_name == "tiny-llama sweep screen"] == ["screening"]
 
 
 def test_two_grids_that_differ_in_nothing_but_the_choice_share_their_cells(home, run_yaml):

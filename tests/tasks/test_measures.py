@@ -38,7 +38,7 @@ def test_names_files_and_measures_in_place_mean_the_same(tmp_path):
     assert found.evaluation.measures[0] == found.evaluation.measures[3] and found.evaluation.measures[1] == found.evaluation.measures[2]
     assert found.evaluation.has_tasks and not config("text.txt").evaluation.has_tasks
     assert from_dict(found.model_dump(mode="json")) == found, "the expanded config loads again"
-    assert found.flat()["evaluation.measures"] == "a b, text, text, a b"
+    assert found.flat()["evaluation.measures.0.limit"] == 5 and found.flat()["evaluation.measures.1.dataset"] == "text.jsonl"
 
 
 @pytest.mark.parametrize(("measures", "said"), [

@@ -1,32 +1,19 @@
 """The registry, in a database and over a real tracking server: one version a work, and an alias that only the better one takes."""
 
 import hashlib
-import os
+import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from servers import TrackingServer
 
 from tasks import record as records
 from tasks.config import from_dict
 from tasks.gate import judge
 from tasks.registry import objection, promote, promote_in_mlflow
 from tasks.tracking import log_to_mlflow
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory):
-    """An empty MLflow database: to make one takes seconds, to copy it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
@@ -40,7 +27,8 @@ def made(tmp_path, migrated):
         out.mkdir(exist_ok=True)
         (out / "manifest.jsonl").write_text(f'{{"kind": "{name}"}}\n')
         config = from_dict({"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}, "output": {"dir": str(out)},
-                            "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e"},
+                            "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e",
+                                         "outbox": str(tmp_path / "outbox")},
                             "gate": {"max_gb": 1, "register_as": "m", **gate}})
         data = {"file": "f", "digest": digest, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
         record = records.new(config, name * 8) | {
@@ -72,6 +60,7 @@ def test_the_first_version_takes_the_alias_and_tells_all(made):
     assert outcome == {"name": "m", "version": "1", "alias": "champion", "champion": True, "beaten": None, "note": None, "error": None}
     assert records.read(config.out)["registry"] == outcome and holder(config) == "1"
     version = versions(config)["1"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", version.tags.pop("gptq.alias.champion"))
     assert version.tags == {
         "gptq.key": record["key"], "gptq.run": record["id"], "gptq.measure": "kl", "gptq.kl": "0.25",
         "gptq.perplexity_increase": repr(10 * 1.1 / 10 - 1), "gptq.evaluation": "e" * 64, "gptq.checkpoint": str(config.out),
@@ -180,32 +169,11 @@ def test_a_store_that_is_away_costs_only_the_version(made, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, migrated):
-    """A tracking server of two processes, ended as a group."""
     shutil.copy(migrated, tmp_path / "server.db")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "artifacts")],
-            stdout=log, stderr=log, env=environ, cwd=tmp_path, start_new_session=True)  # fmt: skip
-    try:
-        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < until, (tmp_path / "server.log").read_text()
-                time.sleep(0.2)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    found = TrackingServer(tmp_path)
+    found.start()
+    yield found.address
+    found.end()
 
 
 def test_over_a_server_the_tags_tell_the_folder(made, server):

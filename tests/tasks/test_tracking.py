@@ -2,9 +2,10 @@ import pytest
 from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 
+from tasks import fields
 from tasks import record as records
 from tasks.config import from_dict
-from tasks.tracking import TAG, log, log_to_mlflow, safe
+from tasks.tracking import TAG, log, log_to_mlflow
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def config(tmp_path):
     out.mkdir()
     (out / "manifest.jsonl").write_text('{"kind": "start"}\n')
     return from_dict({"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}, "output": {"dir": str(out)},
-                      "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e"}})
+                      "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e", "outbox": str(tmp_path / "outbox")}})
 
 
 @pytest.fixture
@@ -44,14 +45,15 @@ def test_everything_is_logged_once_however_often_it_is_tried(config, record):
     assert log_to_mlflow(config, record) == first == log_to_mlflow(config, record)
     client, found = runs(config)
     assert len(found) == 1 and found[0].info.status == "FINISHED" and found[0].data.tags[TAG] == record["id"]
-    assert found[0].data.params == {key: str(value) for key, value in config.flat().items()}
+    assert found[0].data.params == fields.params(config)
     values = found[0].data.metrics
     assert values["kl"] == 0.25 and values["original_perplexity"] == 2.0 and values["seconds/forward and hessian"] == 1.0
     assert "top1_agreement" not in values and "relative_error/mlp.up" not in values, "what was not measured is not logged"
     history = client.get_metric_history(first["run_id"], "relative_error/attn.q")
     assert [(point.step, point.value) for point in history] == [(0, 0.1), (1, 1.1)]
     assert {tag.value for data in found[0].inputs.dataset_inputs for tag in data.tags} == {"calibration", "evaluation"}
-    assert {item.path for item in client.list_artifacts(first["run_id"])} == {"manifest.jsonl", "config.yaml", "relative_error.png"}
+    artifacts = {item.path for item in client.list_artifacts(first["run_id"])}
+    assert artifacts == {"manifest.jsonl", "config.yaml", "run.json", "relative_error.png"}
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x",
@@ -74,7 +76,3 @@ def test_a_missing_driver_and_a_newer_database_are_told_in_one_line(config, reco
     monkeypatch.setattr("mlflow.MlflowClient", fails)
     outcome = log_to_mlflow(config, record)
     assert outcome["run_id"] is None and outcome["error"] == f"{type(error).__name__}: {error}"
-
-
-def test_names_that_mlflow_refuses_are_rewritten():
-    assert safe("acc,none [x]: a-b.c_d") == "acc_none _x__ a-b.c_d"
