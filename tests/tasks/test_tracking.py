@@ -1,11 +1,14 @@
+import re
+import subprocess
+
 import pytest
 from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 
 from tasks import fields
 from tasks import record as records
-from tasks.config import from_dict
-from tasks.tracking import TAG, log, log_to_mlflow
+from tasks.config import TrackingConfig, from_dict
+from tasks.tracking import TAG, guarded, log, log_to_mlflow
 
 
 @pytest.fixture
@@ -76,3 +79,40 @@ def test_a_missing_driver_and_a_newer_database_are_told_in_one_line(config, reco
     monkeypatch.setattr("mlflow.MlflowClient", fails)
     outcome = log_to_mlflow(config, record)
     assert outcome["run_id"] is None and outcome["error"] == f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("uri, page", [
+    ("http://127.0.0.1:5000", "http://127.0.0.1:5000/#/experiments/7/runs/r"),
+    ("https://me:s3cret@host/ml/", "https://host/ml/#/experiments/7/runs/r"),
+    ("sqlite:///mlflow.db", None), ("env:GPTQ_STORE", None),
+])  # fmt: skip
+def test_the_page_of_a_run_is_told_where_the_config_tells_the_server(uri, page, monkeypatch):
+    monkeypatch.setenv("GPTQ_STORE", "http://s3cret")
+    outcome = guarded(TrackingConfig(uri=uri), lambda: {"run_id": "r", "experiment_id": "7"})
+    assert outcome["url"] == page and "s3cret" not in str(outcome)
+    assert guarded(TrackingConfig(uri=uri), lambda: None)["url"] is None
+
+
+def test_a_report_that_came_later_is_added_and_a_new_one_replaces_it(config, record):
+    logged = log_to_mlflow(config, record)
+    client, _ = runs(config)
+    for text in ("<p>one", "<p>another"):
+        (config.out.parent / "out.report.html").write_text(text)
+        assert log_to_mlflow(config, record) == logged
+        sizes = {item.path: item.file_size for item in client.list_artifacts(logged["run_id"])}
+        assert sizes["out.report.html"] == len(text)
+
+
+def test_the_revision_is_that_of_the_checkout_itself(tmp_path):
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", "-C", str(tmp_path), *args], check=True, capture_output=True)
+
+    assert records._revision(tmp_path) is None
+    git("init")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "m")
+    assert re.fullmatch("[0-9a-f]{40}", records._revision(tmp_path)) and records._revision(tmp_path / "inner") is None
+    (tmp_path / "file").write_text("2")
+    assert records._revision(tmp_path).endswith("-dirty")
