@@ -40,7 +40,8 @@ def quantize(config: RunConfig) -> Any:
     if not record["prefect_flow_run_id"]:
         record |= prefect_run()
     record["notes"] = notes
-    file = written("run", record, report)  # before the log, which takes it along
+    with report.stage("report"):
+        file = written("run", record, report)  # before the log, which takes it along
     with report.stage("log"):
         record["mlflow"] = log(config, record)
     if record["mlflow"]["error"]:

@@ -71,14 +71,13 @@ def written(kind: str, content: dict[str, Any], report: Reporter) -> Path | None
 
     from tasks.report.find import run_report, sweep_report
 
-    with report.stage("report"):
-        try:
-            path = run_report(content["out"]) if kind == "run" else sweep_report(content["folder"])
-            return _write(path, _page(kind, content))
-        # a disk that is full, a record that lacks what it should hold, a number that plotly does not take
-        except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, ImportError, TemplateError) as error:
-            report.note(f"no report: {type(error).__name__}: {' '.join(str(error).split())[:300]}; `python -m flows report` tries again")
-            return None
+    try:
+        path = run_report(content["out"]) if kind == "run" else sweep_report(content["folder"])
+        return _write(path, _page(kind, content))
+    # a disk that is full, a record that lacks what it should hold, a number that plotly does not take
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, ImportError, TemplateError) as error:
+        report.note(f"no report: {type(error).__name__}: {' '.join(str(error).split())[:300]}; `python -m flows report` tries again")
+        return None
 
 
 def _page(kind: str, content: dict[str, Any]) -> Page:

@@ -83,7 +83,8 @@ def _sweep(config: SweepConfig) -> Any:
         found |= {key: before[key] for key in ("finished", "seconds", *prefect_run()) if key in before}
     found |= {"registry": _register(states, found, parent, report), "notified": before.get("notified")}
     path = at.write(config, found)
-    file = written("sweep", found, report)  # before the log, which takes it along
+    with report.stage("report"):
+        file = written("sweep", found, report)  # before the log, which takes it along
     found["mlflow"] = parent.logged if parent.logged["error"] else log_sweep(tracked.tracking, found)
     outbox.settle(tracked.tracking, "sweep", path, found["mlflow"])
     found["notified"] = tell(tracked.notify, at.happened(found), at.summary(found), found["notified"], report)
@@ -144,6 +145,7 @@ def _exact(
         for count, (name, outcome) in enumerate(run(at.jobs(config, missing, places.threads, originals)), 1):
             state = at.after(by_name[name], outcome)
             if state.status == "done":
+                written("run", state.record, report)
                 _log_cell(config, state, parent, report)
             text = f"{name}: {_told(state)}"
             tick(count, text)
@@ -259,8 +261,8 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A line a cell, for Prefect's artifact and the terminal."""
     return [
         {"cell": row["name"], "status": row["status"], "GB": row["bytes"] and row["bytes"] / 1e9, "bits per weight": row["bits_per_weight"],
-         "perplexity": row["perplexity"], "KL": row["kl"], "same top token": row["agreement"], "seconds": row["seconds"],
-         "gate": row["gate"], "front": row["name"] in found["front"], "recommended": row["name"] == found["recommended"]["name"],
+         "perplexity": row["perplexity"], "KL": row["kl"], "same top token": row["agreement"], "task recovery": row.get("recovery"),
+         "seconds": row["seconds"], "gate": row["gate"], "front": row["name"] in found["front"], "recommended": row["name"] == found["recommended"]["name"],
          "error": row["error"]}
         for row in found["cells"]
     ]  # fmt: skip

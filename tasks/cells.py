@@ -247,8 +247,8 @@ def row(state: State) -> dict[str, Any]:
     """What the table, the front and MLflow tell of a cell."""
     found = {"name": state.cell.name, "settings": state.cell.settings, "status": state.status, "error": state.error, "bytes": None,
              "original_bytes": None, "bits_per_weight": None, "original_perplexity": None, "perplexity": None, "kl": None,
-             "agreement": None, "seconds": None, "gate": None, "fallback_layers": None, "out": None, "mlflow_run_id": None,
-             "judged_on": None}
+             "agreement": None, "recovery": None, "seconds": None, "gate": None, "fallback_layers": None, "out": None,
+             "mlflow_run_id": None, "judged_on": None}
     record = state.record
     if state.status != "done":
         return found
@@ -263,9 +263,9 @@ def row(state: State) -> dict[str, Any]:
     evaluation, assembly, gate = record["evaluation"], record["assembly"], state.config.gate
     return found | {
         "bytes": assembly["bytes"], "original_bytes": assembly.get("original_bytes"), "bits_per_weight": assembly["bits_per_weight"],
-        "kl": evaluation["kl"],
         "original_perplexity": evaluation["original_perplexity"], "perplexity": evaluation["quantized_perplexity"],
-        "agreement": evaluation["top1_agreement"], "seconds": record["seconds"], "fallback_layers": measured(record)["fallback_layers"],
+        "kl": evaluation["kl"], "agreement": evaluation["top1_agreement"], "recovery": evaluation.get("recovery"),
+        "seconds": record["seconds"], "fallback_layers": measured(record)["fallback_layers"],
         "gate": None if gate is None else "passed" if judge(gate, record)["passed"] else "failed",
     }
 

@@ -134,11 +134,13 @@ class TrackingConfig(Schema):
 
     @property
     def address(self) -> str:
-        """The URI itself, where `uri` only tells where it stands. InputError: nothing stands there."""
+        """The URI itself, where `uri` only tells where it stands, and with the whole path of a database file: MLflow keeps its stores by
+        their address, and would use that of an earlier working directory. InputError: nothing stands there."""
         found = resolve(self.uri)
         if not STORE.match(found):
             raise InputError(f"tracking.uri = {self.uri}: what stands there must be {STORES}")
-        return found
+        file = found.removeprefix("sqlite:///")
+        return found if file == found else f"sqlite:///{Path(file).absolute()}"
 
     @field_serializer("uri")
     def _without_password(self, value: str) -> str:

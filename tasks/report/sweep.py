@@ -100,14 +100,15 @@ def _front(found: dict[str, Any], rows: list[dict[str, Any]], measure: str) -> F
 
 
 def _cells(found: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
-    header = ["cell", "#", "", "size", "bits per weight", "perplexity", "KL", "same next token", "seconds", "fell back", "gate",
-              "status"]  # fmt: skip
+    header = ["cell", "#", "", "size", "bits per weight", "perplexity", "KL", "same next token", "task recovery", "seconds",
+              "fell back", "gate", "status"]  # fmt: skip
     chosen, table = found["recommended"]["name"], []
     for place, row in enumerate(rows, 1):
         marks = ["recommended"] * (row["name"] == chosen) + ["front"] * (row["name"] in found["front"])
         table.append([row["name"], str(place), ", ".join(marks), NONE if row["bytes"] is None else size(row["bytes"]),
                       number(row["bits_per_weight"]), number(row["perplexity"]), number(row["kl"], 3), percent(row["agreement"]),
-                      number(row["seconds"], 3), number(row.get("fallback_layers")), row["gate"] or NONE, row["status"]])  # fmt: skip
+                      percent(row.get("recovery")), number(row["seconds"], 3), number(row.get("fallback_layers")),
+                      row["gate"] or NONE, row["status"]])  # fmt: skip
     caption = "Cells by size; the number is the one in the figures" + (". Screening" if found.get("mode") == "screening" else "")
     return Table(caption, header, table, frozenset(place for place, row in enumerate(rows) if row["name"] == chosen))
 
@@ -131,7 +132,7 @@ def _again(found: dict[str, Any]) -> list[Part | None]:
     told = [Text("Save the config as sweep.yaml and run the command in the same working directory; it does what is missing.")]
     known_by = {"sweep": found.get("id"), "finished": found.get("finished"), "folder": found.get("folder"),
                 "rule of the choice": found["recommended"]["rule"]}
-    out = [f"python -m flows report {row['out']}" for row in ordered(found) if row.get("out")]
+    out = [f"{row['out']}.report.html" for row in ordered(found) if row.get("out")]
     return [*told, Code("The command", "python -m flows sweep sweep.yaml"),
             Code("The config", as_yaml(found["config"]), "sweep.yaml") if found.get("config") else None,
             Code("Reports of single cells", "\n".join(out)) if out else None,
