@@ -262,7 +262,8 @@ def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"cell": row["name"], "status": row["status"], "GB": row["bytes"] and row["bytes"] / 1e9, "bits per weight": row["bits_per_weight"],
          "perplexity": row["perplexity"], "KL": row["kl"], "same top token": row["agreement"], "task recovery": row.get("recovery"),
-         "seconds": row["seconds"], "gate": row["gate"], "front": row["name"] in found["front"], "recommended": row["name"] == found["recommended"]["name"],
+         "seconds": row["seconds"], "gate": row["gate"], "front": row["name"] in found["front"],
+         "recommended": row["name"] == found["recommended"]["name"],
          "error": row["error"]}
         for row in found["cells"]
     ]  # fmt: skip
