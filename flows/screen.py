@@ -64,8 +64,8 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     if not tracked:
         places.add_row("MLflow", "not recorded; python -m flows track-pending makes up for it")
     else:
-        places.add_row("MLflow", uri if uri.startswith(("http", "env:", "block:")) else f"mlflow ui --backend-store-uri {uri}")
-    places.add_row("Prefect", f"prefect server start   (flow run {record['prefect_flow_run_id']})")
+        places.add_row("MLflow", uri if uri.startswith(("http", "env:", "block:")) else f"python -m flows ui --store {uri}")
+    places.add_row("Prefect", f"python -m flows ui   (flow run {record['prefect_flow_run_id']})")
     console.print(places)
 
 

@@ -53,7 +53,7 @@ def names(runs):
 def test_the_best_of_a_model_and_width_on_one_text(answers):
     assert answers["text"] == "e" * 64 and names([answers["best"]]) == ["better"]
     assert answers["best"].info.run_name == "llama w4g128 tuned"
-    assert len(answers["by_task"]) == 8 and answers["by_task"][0].data.metrics["measure/arc_easy/acc_none/quantized"] == 0.25
+    assert len(answers["by_task"]) == 8 and answers["by_task"][0].data.metrics["measure/arc_easy/acc/quantized"] == 0.25
 
 
 def test_a_sweep_and_its_cells(answers):

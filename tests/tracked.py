@@ -34,7 +34,7 @@ def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str
 
     data = {"file": "f", "digest": "d" * 64, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
     measures = [
-        {"name": "arc_easy", "kind": "tasks", "protocol": "lm-eval", "metric": "acc,none", "higher_is_better": True, "original": 0.5,
+        {"name": "arc_easy", "kind": "tasks", "protocol": "lm-eval", "metric": "acc", "higher_is_better": True, "original": 0.5,
          "quantized": 0.25, "recovery": 0.5, "interval": [0.375, 0.625], "inside_noise": False, "lost": 3, "gained": 1, "count": 8,
          "sentence": "worse"},
         {"name": "wikitext2", "kind": "perplexity", "protocol": "papers", "metric": "perplexity", "higher_is_better": False,

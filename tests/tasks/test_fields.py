@@ -50,7 +50,7 @@ def test_every_number_has_its_name_step_and_time(tmp_path):
     told = {(key, step): (value, when) for key, value, when, step in rows}
     single = {key: value for (key, step), (value, _) in told.items() if step == 0}
     assert single["flips"] == 0.125 and single["overlap_share"] == 0.5 and single["kl"] == 0.25 and single["perplexity_increase"] == 0.25
-    place = "measure/arc_easy/acc_none/"
+    place = "measure/arc_easy/acc/"
     assert {key.removeprefix(place): value for key, value in single.items() if key.startswith(place)} == {
         "original": 0.5, "quantized": 0.25, "recovery": 0.5, "recovery_low": 0.375, "recovery_high": 0.625, "lost": 3, "gained": 1,
         "count": 8}  # fmt: skip
