@@ -32,11 +32,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_core import architecture, backends, grid, selection, solver, walk
+from gptq_core import architecture, assembly, backends, selection, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
-from gptq_core.checkpoint.packing import unpack, unpack_zeros
-from gptq_core.checkpoint.reader import INDEX, Checkpoint, file_sha256, resolve
+from gptq_core.checkpoint.reader import Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
 from gptq_core.distribution import distribution
@@ -254,16 +253,7 @@ class Quantization:
 
     def _replay(self, index: int, block: nn.Module, path: str) -> None:
         stored = safetensors.torch.load_file(self.output.partial / self._file(index))
-
-        def read(name: str) -> Tensor:
-            stem = name.removesuffix(".weight")
-            if f"{stem}.qweight" not in stored:
-                return stored[name]
-            qweight, qzeros, scales, g_idx = (stored[f"{stem}.{leaf}"] for leaf in format.LEAVES)
-            bits = self.selection.layers[stem].config.bits
-            zeros = unpack_zeros(qzeros, bits, self.config.format)
-            return grid.dequantize(unpack(qweight, bits), scales, zeros, g_idx, self.dtype)
-
+        read = assembly.unpacking(stored, self.selection, self.config.format, self.dtype)
         with self._timed("read"):
             architecture.fill(block, path, read, self.device, self.dtype)
         with self._timed("forward"):
@@ -309,7 +299,7 @@ class Quantization:
             with self._timed("tuning"):
                 solutions, tuning = self._tune(index, block, wanted, solutions, inputs)
         with self._timed("pack"):
-            shard = self._packed(tensors, solutions)
+            shard = assembly.packed(tensors, solutions, self.selection)
             for name, solution in solutions.items():
                 reports[name] |= distribution(solution, self.selection.layers[name].config.bits)
         with self._timed("write"):
@@ -356,43 +346,16 @@ class Quantization:
         walk.run(block, self._hidden, self._calls[index])
         return {path + name: solution for name, solution in found.items()}, dataclasses.asdict(tuning) | {"kept": tuning.kept}
 
-    def _packed(self, tensors: dict[str, Tensor], solutions: dict[str, solver.Solution]) -> dict[str, Tensor]:
-        """Tensors as they go to disk: solved weights packed, and everything else in its dtype."""
-        shard: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            if owner in solutions and leaf == "weight":
-                s = solutions[owner]
-                shard |= format.packed_tensors(owner, s.codes, s.scales, s.zeros, s.g_idx, self.selection.layers[owner].config)
-            else:
-                shard[name] = tensor.half() if owner in solutions and leaf == "bias" else tensor
-        return shard
-
     def assemble(self) -> dict[str, Any]:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
         if self.finished:
             return self.output.records[-1]["summary"] | self._published()
         with self._timed("write"):
-            model = self.decoder.model
-            block_names = set(self.decoder.block_tensor_names())
-            rest: dict[str, Tensor] = {}
-            used: set[str] = set()
-            for name in architecture.tensor_names(model):
-                found = architecture.source_name(model, name, self.source.__contains__)
-                if found:
-                    used.add(found)
-                    if name not in block_names:
-                        rest[name] = self.source.read(found)
+            rest, unused = assembly.outside_blocks(self.decoder, self.source)
             head = self._quantize_head(rest) if self._head else []
             self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest", "layers": head})
-            records = [r for r in self.output.records if "file" in r]
-            weight_map = {tensor: r["file"] for r in records for tensor in r["tensors"]}
-            size = sum(sum(r["files"].values()) for r in records)
-            self.output.write_text(INDEX, _json({"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}))
-            self._write_json()
-            for path in sorted({p for pattern in format.CARRIED for p in self.source.folder.glob(pattern) if p.is_file()}):
-                self.output.copy(path)
-            unused = sorted(set(self.source.names) - used)
+            size = assembly.write_index(self.output)
+            self._write_configs()
             summary = summarize(self.output.records, self.config, self.selection, self.source.bytes(), size, unused)
             self.output.write_text("README.md", card.render(self._details(summary), None))
             self.output.publish(summary)
@@ -414,17 +377,12 @@ class Quantization:
         walk.finish(model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
         weight = self._read(f"{name}.weight").to(self.device, self.dtype)
         [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, None, self._timed)
-        packed = self._packed({n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}, {name: solution})
-        rest |= packed
+        own = {n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}
+        rest |= assembly.packed(own, {name: solution}, self.selection)
         return [report | distribution(solution, self.selection.layers[name].config.bits)]
 
-    def _write_json(self) -> None:
-        config = json.loads((self.source.folder / "config.json").read_text())
-        quantization = format.quantization_config(self.config, self.selection.modules, self.selection.rules)
-        config.pop("_name_or_path", None)
-        config.setdefault("architectures", [type(self.decoder.model).__name__])
-        self.output.write_text("config.json", _json(config | {"quantization_config": quantization}))
-        self.output.write_text("quantize_config.json", _json(quantization))
+    def _write_configs(self) -> None:
+        assembly.write_configs(self.output, self.source.folder, self.decoder, self.config, self.selection)
 
     def _details(self, summary: dict[str, Any]) -> dict[str, Any]:
         return self.output.records[0] | {"summary": summary, "model_type": self.decoder.model.config.model_type}
@@ -449,7 +407,3 @@ class Quantization:
             yield
         finally:
             self.stage_seconds[stage] += time.perf_counter() - started
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"

@@ -268,8 +268,8 @@ class _Described(Quantization):
 
     meta: dict[str, Any] | None = None
 
-    def _write_json(self) -> None:
-        super()._write_json()
+    def _write_configs(self) -> None:
+        super()._write_configs()
         for name, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
             written = json.loads((self.output.partial / name).read_text())
             changed = _with_meta(written[key] if key else written, self.meta)
