@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_serializer, f
 
 from gptq_core.config import QuantizeConfig, Schema, explain, kernel_name
 from gptq_core.errors import InputError
-from tasks.measures import Measure, expanded
+from tasks.measures import Measures
 from tasks.settings import FORMS, is_reference, resolve
 
 Positive = Annotated[int, Field(gt=0)]
@@ -64,17 +64,12 @@ class EvaluationConfig(Schema):
     """At most this many windows; null: all of the text."""
     strict: bool = False
     """Refuse a run whose held-out text overlaps with its calibration windows; false: that is a note with the share."""
-    measures: list[Measure] = Field(default_factory=list)
+    measures: Measures = Field(default_factory=list)
     """What else is measured, on the checkpoint and on the original: perplexity of more texts, tasks of lm-eval. A name stands for the
     preset of configs/measures; a text file for its perplexity."""
     runner: Literal["torch", "gptqmodel", "vllm"] | None = None
     """Who runs the checkpoint: torch (this library), a kernel of gptqmodel (that of quantization.backend, or its torch kernel), or vllm,
     which runs the tasks alone. null: as quantization.backend says."""
-
-    @field_validator("measures", mode="before")
-    @classmethod
-    def _presets(cls, value: Any) -> Any:
-        return expanded(value)
 
     @property
     def has_tasks(self) -> bool:

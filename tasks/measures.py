@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gptq_core.config import Schema
 
@@ -56,7 +56,7 @@ class TasksMeasure(Schema):
 Measure = Annotated[PerplexityMeasure | TasksMeasure, Field(discriminator="kind")]
 
 
-def expanded(value: Any) -> Any:
+def _expanded(value: Any) -> Any:
     """A list of measures in which names of presets, YAML files and texts are replaced by what they mean."""
     if not isinstance(value, list):
         return value
@@ -82,3 +82,7 @@ def _preset(name: str) -> Any:
             if key in found and not Path(found[key]).exists() and (ROOT / found[key]).exists():
                 found[key] = str(ROOT / found[key])
     return found
+
+
+# the form of Prefect's page and its check of parameters know names too
+Measures = Annotated[list[Measure], BeforeValidator(_expanded, json_schema_input_type=list[Measure | str])]
