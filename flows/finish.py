@@ -24,9 +24,10 @@ def finish(config: RunConfig, record: dict[str, Any], report: Reporter) -> dict[
 
 
 def register(config: RunConfig, record: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """The record with `registry`: what tasks.registry.promote returns, or None where the gate failed or nothing is to be registered."""
+    """The record with `registry`: what tasks.registry.promote returns, or None where the gate or the evaluation failed, or nothing is
+    to be registered."""
     verdict, found = record.get("gate"), None
-    if verdict and verdict["passed"] and config.gate.register_as:
+    if verdict and verdict["passed"] and config.gate.register_as and not record["evaluation_error"]:
         with report.stage("register"):
             found = promote(config, record)
         for text in (found["note"], found["error"] and f"not registered: {found['error']}; {LATER}"):

@@ -9,8 +9,10 @@ from torch import Tensor
 NGRAM = 16
 """Tokens in a row that two texts of one language seldom share by chance."""
 OVERLAPPING = 0.05
-"""Share from which on two texts count as one. Licences, boilerplate and plots repeat: of the embedded held-out text 1.2 per cent stands
-in the calibration windows too, of TinyStories' 2.1."""
+"""Share of the judged text from which on it counts as seen. Licences, boilerplate and plots repeat: of the embedded held-out text 1.2 per
+cent stands in the calibration windows too, of TinyStories' 2.1."""
+CONTAINED = 0.5
+"""Share of the calibration windows that stand in the judged text, from which on the two are one text of which little was drawn."""
 BASE = 6364136223846793005
 """Odd, so that multiplying by it modulo 2⁶⁴ loses nothing (Knuth's MMIX)."""
 
@@ -21,6 +23,19 @@ def overlap(judged: Int64[Tensor, "windows tokens"], seen: Int64[Tensor, "others
     if not all(digest.numel() for digest in digests):
         return 0.0
     return torch.isin(*digests).double().mean().item()
+
+
+def overlapping(seen: Int64[Tensor, "others length"], judged: Int64[Tensor, "windows tokens"], what: str) -> str | None:
+    """Value and rule in one line, where calibration windows `seen` and a judged text have too much in common; else None."""
+    return objection(overlap(judged, seen), overlap(seen, judged), what)
+
+
+def objection(share: float, of_seen: float, what: str) -> str | None:
+    """As overlapping, of shares that are known."""
+    if share < OVERLAPPING and of_seen < CONTAINED:
+        return None
+    return (f"{what} and calibration overlap: {share:.1%} of the judged text is calibrated on (must be below {OVERLAPPING:.0%}), "
+            f"{of_seen:.1%} of the calibration text stands in the judged one (must be below {CONTAINED:.0%}), by {NGRAM} tokens in a row")
 
 
 def _digests(windows: Tensor, ngram: int) -> Tensor:

@@ -77,7 +77,7 @@ def examine_cell(cell: Cell) -> State:
             key, finished = job.key, job.finished
         if not finished:
             fits(cell.config)
-            check_measures(cell.config)
+            check_measures(cell.config, prepared.calibration)
         record = records.read(cell.config.out)
     except OutputHeldError as error:
         return State(cell, "held", str(error))

@@ -26,8 +26,8 @@ class Progress:
 
 
 @task(name="measure", cache_policy=NO_CACHE)
-def measure(config: RunConfig, progress: Progress) -> list[dict[str, Any]]:
-    """The rows of config.evaluation.measures, on the checkpoint and on the original."""
+def measure(config: RunConfig, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of config.evaluation.measures, on the checkpoint and on the original, and what failed."""
     return measure_all(config, progress.call)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import importlib.util
 import logging
 import math
@@ -15,11 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
-from gptq_core.errors import InputError
+from gptq_core.errors import GPTQError, InputError
 from gptq_core.evaluation import load_for_evaluation
 from gptq_core.source import load_tokenizer
 from tasks.measures import TasksMeasure
+
+
+class TaskFailedError(GPTQError):
+    """A task of lm-eval ended with an error of its own."""
+
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 """Task or group, metric, {"value", "higher_is_better", "samples": scores by question (pairs where they are weighted) or None}."""
@@ -36,7 +43,7 @@ def perplexity(mean: float) -> float:
 WEIGHTED: dict[str, Callable[[float], float]] = {
     "perplexity": perplexity, "word_perplexity": perplexity, "byte_perplexity": perplexity,
     "bits_per_byte": lambda mean: -mean / math.log(2)}  # fmt: skip
-"""Metrics whose samples are (log-likelihood, weight), and what their weighted mean becomes."""
+"""Metrics whose samples are log-likelihoods, or pairs of one and its weight, and what their (weighted) mean becomes."""
 
 
 def find_tasks(measure: TasksMeasure) -> Any:
@@ -47,19 +54,75 @@ def find_tasks(measure: TasksMeasure) -> Any:
     for index, task in enumerate(measure.tasks):
         if task in measure.tasks[:index]:
             raise InputError(f"evaluation.measures: task {task!r} is named twice; name it once")
-    manager = _manager(folder, False) if folder else None
+    stamps = _stamps(folder) if folder else ()
+    manager = _manager(folder, False, stamps) if folder else None
     if manager is None or any(task not in manager.task_index for task in measure.tasks):
-        manager = _manager(folder, True)
-    missing = [task for task in measure.tasks if task not in manager.task_index]
-    if missing:
-        where = f" and {measure.include} has none" if folder else ""
-        raise InputError(f"evaluation.measures: task {missing[0]!r} is not known: lm-eval has no such task or group{where}; "
-                         "`lm-eval ls tasks` lists its own")  # fmt: skip
+        manager = _manager(folder, True, stamps)
+    for task in measure.tasks:
+        entry = manager.task_index.get(task)
+        if entry is None:
+            where = f" and {measure.include} has none{_broken(folder)}" if folder else ""
+            raise InputError(f"evaluation.measures: task {task!r} is not known: lm-eval has no such task or group{where}; "
+                             "`lm-eval ls tasks` lists its own")  # fmt: skip
+        if entry.kind.name == "TAG":
+            raise InputError(f"evaluation.measures: {task!r} is a tag of several tasks; name them: {', '.join(sorted(entry.tags))}")
+    _require_data(manager, measure.tasks)
     return manager
 
 
+def _broken(folder: str) -> str:
+    """The first YAML of a folder that cannot be read, which lm-eval passes over."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for path in sorted(Path(folder).rglob("*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            return f" ({path} cannot be read: {' '.join(str(error).split())[:200]})"
+    return ""
+
+
+def data_files(measure: TasksMeasure) -> list[Path]:
+    """What the measure's own tasks are made of on this disk: files of `include`, and data files that they name elsewhere."""
+    if not measure.include:
+        return []
+    folder = Path(measure.include).expanduser()
+    inside = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    named = [Path(file) for entry in find_tasks(measure).task_index.values() for file in _named(entry)]
+    return sorted({path.resolve() for path in (*inside, *named) if path.is_file()})
+
+
+def _require_data(manager: Any, names: list[Any]) -> None:
+    """InputError where a task, or one of a group, names a data file that is not there."""
+    for name in names:
+        entry = manager.task_index.get(name if isinstance(name, str) else name.get("task"))
+        for file in _named(entry) if entry else []:
+            if "://" not in file and not glob.has_magic(file) and not Path(file).exists():
+                raise InputError(f"evaluation.measures: task {entry.name!r} names the data file {file!r}, which is not there: "
+                                 "put it beside the task's YAML, or give its whole path")  # fmt: skip
+        if entry and isinstance((entry.cfg or {}).get("task"), list):
+            _require_data(manager, entry.cfg["task"])
+
+
+def _named(entry: Any) -> list[str]:
+    """All data files of an indexed task."""
+
+    def flat(files: Any) -> list[str]:
+        parts = files.values() if isinstance(files, dict) else files if isinstance(files, list) else None
+        return [str(files)] if parts is None else [file for part in parts for file in flat(part)]
+
+    files = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files")
+    return flat(files) if files else []
+
+
+def _stamps(folder: str) -> tuple[Any, ...]:
+    """What changes when a task of the folder does."""
+    found = [(str(path), path.stat()) for path in sorted(Path(folder).rglob("*")) if path.suffix in (".yaml", ".yml", ".py")]
+    return tuple((path, status.st_mtime_ns, status.st_size) for path, status in found)
+
+
 @lru_cache(maxsize=4)
-def _manager(folder: str | None, defaults: bool) -> Any:
+def _manager(folder: str | None, defaults: bool, _stamp: tuple[Any, ...]) -> Any:
     """A TaskManager of the tasks in a folder, with lm-eval's own or without: to index those takes many seconds."""
     from lm_eval.tasks import TaskManager
 
@@ -81,14 +144,19 @@ def _with_data_beside(manager: Any, folder: Path) -> None:
         if files:
             config["dataset_kwargs"]["data_files"] = _beside(files, Path(entry.yaml_path).resolve().parent)
             entry.cfg, entry.yaml_path = config, None
+        elif isinstance(config.get("task"), list):
+            entry.cfg = config  # a group: its members can be looked at
 
 
 def _beside(files: Any, folder: Path) -> Any:
+    """Data files with their whole paths: in `folder`, or where they stand."""
     if isinstance(files, dict):
         return {key: _beside(value, folder) for key, value in files.items()}
     if isinstance(files, list):
         return [_beside(value, folder) for value in files]
-    return str((folder / files).resolve()) if (folder / files).exists() else files
+    if "://" in files or (Path(files).exists() and not (folder / files).exists()):
+        return files
+    return str(folder / files if glob.has_magic(files) else (folder / files).resolve())
 
 
 def open_model(path: str, *, revision: str | None, device: str, backend: str | None, runner: str | None, batch_size: int) -> Any:
@@ -124,22 +192,24 @@ def require_vllm() -> None:
 
 def score(model: Any, measure: TasksMeasure, manager: Any) -> tuple[Scores, dict[str, Any]]:
     """The scores of the measure's tasks, and what lm-eval did: {"version", "shots": by task}. The model is what open_model returns."""
-    import datasets
     import lm_eval
 
-    tasks = list(measure.tasks)
     try:
         with _quiet():
             found = lm_eval.simple_evaluate(
-                model, tasks=tasks, num_fewshot=measure.num_fewshot, limit=measure.limit, task_manager=manager, bootstrap_iters=0,
-                random_seed=measure.seed, numpy_random_seed=measure.seed, torch_random_seed=measure.seed,
+                model, tasks=list(measure.tasks), num_fewshot=measure.num_fewshot, limit=measure.limit, task_manager=manager,
+                bootstrap_iters=0, random_seed=measure.seed, numpy_random_seed=measure.seed, torch_random_seed=measure.seed,
                 fewshot_random_seed=measure.seed)  # fmt: skip
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise InputError(f"evaluation.measures: the data of {', '.join(tasks)} cannot be read from the hub or its cache "
-                         f"({str(error).splitlines()[0]}); give a local task (include)") from error  # fmt: skip
-    leaves = {task: _leaves(task, found["group_subtasks"]) for task in tasks}
-    scores = {task: _scores(task, leaves[task], found) for task in tasks}
-    shots = {task: found["n-shot"].get(leaves[task][0]) for task in tasks}
+    except (GPTQError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # a task is somebody else's code: its template, its functions and the reader of its data end with whatever they like
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        told = f"evaluation.measures: {', '.join(measure.tasks)} failed in lm-eval ({type(error).__name__}: {reason})"
+        raise TaskFailedError(told) from error
+    leaves = {task: _leaves(task, found["group_subtasks"]) for task in measure.tasks}
+    scores = {task: _scores(task, leaves[task], found) for task in measure.tasks}
+    shots = {task: "/".join(dict.fromkeys(str(found["n-shot"].get(leaf)) for leaf in leaves[task])) for task in measure.tasks}
     return scores, {"version": found["lm_eval_version"], "shots": shots}
 
 
@@ -149,26 +219,34 @@ def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:
 
 
 def _scores(task: str, leaves: list[str], found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By metric: of a task as lm-eval says it; of a group the questions of its tasks together."""
-    higher, scores = found["higher_is_better"][leaves[0]], {}
-    for name, best_high in higher.items():
-        for part in dict.fromkeys(sample["filter"] for sample in found["samples"][leaves[0]]):
-            samples = [_number(sample[name]) for leaf in leaves for sample in sorted(found["samples"][leaf], key=lambda row: row["doc_id"])
-                       if sample["filter"] == part and name in sample]  # fmt: skip
-            paired = bool(samples) and None not in samples
-            own = found["results"].get(task, {}).get(f"{name},{part}") if len(leaves) == 1 else None
-            value = own if isinstance(own, int | float) else aggregate(name, samples) if paired else None
-            if value is not None:
-                scores[name if part == "none" else f"{name} ({part})"] = {
-                    "value": float(value), "higher_is_better": bool(best_high), "samples": samples if paired else None}
+    """By metric, as lm-eval says it; of a group that lm-eval does not sum up, the questions of its tasks together."""
+    scores: dict[str, dict[str, Any]] = {}
+    for leaf in leaves:
+        for name, best_high in found["higher_is_better"][leaf].items():
+            for part in dict.fromkeys(sample["filter"] for sample in found["samples"][leaf]):
+                label = name if part == "none" else f"{name} ({part})"
+                if label in scores:
+                    continue
+                rows = [row for each in leaves for row in sorted(found["samples"][each], key=lambda row: row["doc_id"])]
+                samples = [_number(name, row[name]) for row in rows if row["filter"] == part and name in row]
+                known = aggregate(name, samples) if samples and None not in samples else None
+                own = found["results"].get(task, {}).get(f"{name},{part}")
+                told = isinstance(own, int | float)
+                if not told and known is None:
+                    continue
+                value = float(own) if told else known
+                # a median, an F1 or a mean of means is not made up of its questions: then they say nothing about its noise
+                fits = known is not None and math.isclose(known, value, rel_tol=1e-6, abs_tol=1e-12)
+                scores[label] = {"value": value, "higher_is_better": bool(best_high), "samples": samples if fits else None,
+                                 "pooled": not told}
     return scores
 
 
-def _number(value: Any) -> Any:
-    """A score, or a (log-likelihood, weight) pair; None for what is neither."""
+def _number(metric: str, value: Any) -> Any:
+    """A score, or for WEIGHTED metrics a (log-likelihood, weight) pair; None for what is neither."""
     if isinstance(value, bool | int | float | np.number):
         return float(value)
-    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, int | float) for part in value):
+    if metric in WEIGHTED and isinstance(value, tuple | list) and len(value) == 2:
         return [float(part) for part in value]
     return None
 
@@ -176,13 +254,12 @@ def _number(value: Any) -> Any:
 def aggregate(metric: str, samples: list[Any]) -> float:
     """Mean of the scores, or what the metric makes of the weighted mean of pairs."""
     found = np.asarray(samples, dtype=float)
-    return float(curve_of(metric, samples)(found.mean() if found.ndim == 1 else found[:, 0].sum() / found[:, 1].sum()))
+    return float(curve_of(metric)(found.mean() if found.ndim == 1 else found[:, 0].sum() / found[:, 1].sum()))
 
 
-def curve_of(metric: str, samples: list[Any] | None) -> Callable[[float], float]:
-    """What makes the metric of the (weighted) mean of these samples."""
-    paired = bool(samples) and isinstance(samples[0], list)
-    return WEIGHTED.get(metric.partition(" ")[0], float) if paired else float
+def curve_of(metric: str) -> Callable[[float], float]:
+    """What makes the metric of the (weighted) mean of its samples."""
+    return WEIGHTED.get(metric.partition(" ")[0], float)
 
 
 @contextmanager

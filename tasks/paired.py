@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 DRAWS, COVERED, SEED = 2000, 0.95, 0
+FEWEST = 20
+"""Questions for an interval."""
 AT_ONCE = 2**22
 """Drawn questions that are held at a time."""
-Aggregate = Callable[[np.ndarray], float]
 
 
 def compare(
@@ -24,17 +25,20 @@ def compare(
     """{"recovery", "interval", "inside_noise", "lost", "gained", "count"} of two values.
 
     samples: scores by question of both, numbers or (value, weight) pairs, whose (weighted) mean `curve` turns into the value; None where
-    they are not known, then there is no interval. lost and gained count questions that only one of the two answers rightly; None where
-    scores are not right or wrong.
+    they are not known or do not make up the value, then there is no interval. Nor is there one for fewer than FEWEST questions: drawing
+    a few again and again shows less noise than there is. lost and gained count questions that only one of the two answers rightly;
+    None where scores are not right or wrong.
     """
     found = {"recovery": _recovery(original, quantized, higher_is_better), "interval": None, "inside_noise": None, "lost": None,
              "gained": None, "count": None}  # fmt: skip
-    if samples is None:
+    if samples is None or len(samples[0]) != len(samples[1]):
         return found
     before, after = (np.asarray(scores, dtype=float) for scores in samples)
     found["count"] = len(before)
     if before.ndim == 1 and np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
         found |= {"lost": int((before > after).sum()), "gained": int((after > before).sum())}
+    if len(before) < FEWEST:
+        return found
     drawn = _drawn(before, after, curve)
     ratios = [ratio for ratio in (_recovery(*pair, higher_is_better) for pair in drawn) if ratio is not None]
     if len(ratios) > DRAWS // 2:  # a score of nothing has no recovery
@@ -56,19 +60,27 @@ def _drawn(before: np.ndarray, after: np.ndarray, curve: Callable[[Any], Any]) -
 
 
 def _recovery(original: float, quantized: float, higher_is_better: bool) -> float | None:
-    over, under = (quantized, original) if higher_is_better else (original, quantized)
-    return over / under if under and math.isfinite(over) and math.isfinite(under) else None
+    """1 is as good as the original; None where the two have no ratio that says so: scores of zero or below."""
+    if not (math.isfinite(original) and original > 0):
+        return None
+    if not math.isfinite(quantized):
+        return 0.0
+    if quantized <= 0:
+        return 0.0 if higher_is_better and quantized == 0 else None
+    return quantized / original if higher_is_better else original / quantized
 
 
 def sentence(row: dict[str, Any]) -> str:
     """What a row of `evaluation.measures` says, for someone who reads one line."""
     text = f"{row['name']}, {row['metric']}: {row['quantized']:.4g}, the original {row['original']:.4g}"
     if row["recovery"] is None:
-        return text + "."
+        return text + "; no recovery: its scores have no ratio."
     text += f"; recovery {row['recovery']:.1%}"
+    if row["count"] is not None and row["count"] < FEWEST:
+        return f"{text} (no interval: {row['count']} {row['unit']} are too few)."
     if row["interval"] is None:
-        return text + " (no interval: the scores of single questions are not known)."
+        return f"{text} (no interval: it is not made up of scores of single {row['unit']})."
     low, high = row["interval"]
     said = "the difference is inside the noise" if row["inside_noise"] else \
            "worse than the original" if high < 1 else "better than the original"  # fmt: skip
-    return f"{text} ({COVERED:.0%} interval {low:.1%} to {high:.1%}, {row['count']} {row.get('unit', 'questions')}): {said}."
+    return f"{text} ({COVERED:.0%} interval {low:.1%} to {high:.1%}, {row['count']} {row['unit']}): {said}."

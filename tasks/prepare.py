@@ -23,12 +23,13 @@ from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.engine import Quantization
 from gptq_core.errors import GPTQError, InputError
 from gptq_core.estimate import Estimate, Texts, estimate
-from gptq_core.overlap import NGRAM, OVERLAPPING, overlap
+from gptq_core.overlap import objection, overlap
 from gptq_core.plan import Plan, loadability, objections, plan
 from gptq_core.source import load_tokenizer, model_limits
+from tasks import record as records
 from tasks import settings
 from tasks.config import RunConfig
-from tasks.measuring import check_measures
+from tasks.measuring import check_measures, measures_key
 from tasks.record import beside
 
 
@@ -69,9 +70,7 @@ def _prepare(text: str, stamps: tuple) -> Prepared:
         held_out = evaluation_windows(evaluation.dataset, tokenizer, evaluation_seqlen)
     shares = overlap(held_out.tokens, seen.tokens), overlap(seen.tokens, held_out.tokens)
     held_out = held_out.thinned(evaluation.samples)
-    if max(shares) >= OVERLAPPING:
-        text = (f"evaluation and calibration overlap: {shares[0]:.1%} of the held-out text is calibrated on, {shares[1]:.1%} of the "
-                f"calibration text stands in the held-out one ({NGRAM} tokens in a row; must be below {OVERLAPPING:.0%})")
+    if text := objection(*shares, "evaluation"):
         if evaluation.strict:
             raise InputError(f"{text}: give another evaluation.dataset, or set evaluation.strict: false")
         notes += (f"{text}: the numbers are better than they would be on unseen text",)
@@ -301,12 +300,13 @@ def check(config: RunConfig) -> tuple[str, ...]:
         settings.check(value or "")
     found = foresee(config)
     tight = fits(config, found)
-    prepared = prepare(config)
+    prepared, record = prepare(config), records.read(config.out) or {}
+    seen = ()
+    if (record.get("evaluation") or {}).get("measured") != measures_key(config):
+        seen = check_measures(config, prepared.calibration)
     with open_quantization(config, prepared.calibration) as job:
-        if not job.finished:
-            check_measures(config)
         verdicts = found.verdicts if job.config.allocate else loadability(job.config, job.selection)
-        return (*prepared.notes, *tight, *objections(verdicts))
+        return (*prepared.notes, *seen, *tight, *objections(verdicts))
 
 
 def _stamp(dataset: object) -> tuple[int, int] | None:

@@ -86,6 +86,7 @@ def _compute(
     calibration = Windows.load(data["calibration"]["file"])
     allocation = _allocate(config, calibration, data["calibration"]["file"], report, steps)
     with open_quantization(config, calibration) as job:
+        earlier = _earlier(config, job.key)
         record = _record(config, job.key, data, allocation)
         record["unchanged"] = job.finished
         if job.finished:
@@ -106,8 +107,10 @@ def _compute(
             record["evaluation"] = record["evaluation"] and record["evaluation"] | {"overlap": data["overlap"]}
             write_card(config.out, record["evaluation"])
     if record["seconds"] is None:
-        record |= {"seconds": time.perf_counter() - started, "finished_ms": int(time.time() * 1000),
-                   "peak_memory_bytes": records.peak_memory(), "system": sampler.record()}
+        peak, highest = records.peak_memory(), earlier.get("peak_memory_bytes") or {}
+        record |= {"seconds": time.perf_counter() - started + (earlier.get("seconds") or 0.0), "finished_ms": int(time.time() * 1000),
+                   "peak_memory_bytes": {kind: max(size, highest.get(kind, 0)) for kind, size in peak.items()},
+                   "system": sampler.record()}
     # no part of the work: finished work is judged by the limits of today
     record["gate"] = judge(config.gate, record) if config.gate else None
     record["config"] |= config.model_dump(mode="json", include={"gate", "notify"})
@@ -156,40 +159,51 @@ def _evaluate(config: RunConfig, record: dict[str, Any], report: Reporter, steps
                     str(config.out), held_out["file"], config.model.path, config.model.revision, config.model.device, config.evaluation.kl,
                     Progress(lambda done, total: tick(done)), config.evaluation_backend, original)
             record["stage_seconds"]["evaluate"] = record["evaluation"]["seconds"]
-        found = {"measures": [], "measured": key, "recovery": None}
+        record["evaluation"] |= {"measures": [], "measured": None, "recovery": None}
         if key:
             started = time.perf_counter()
             with report.stage("measure", len(config.evaluation.measures)) as tick:
-                found["measures"] = steps.measure(config, Progress(lambda done, total: tick(done)))
-            scores = [row["recovery"] for row in found["measures"] if row["kind"] == "tasks" and row["recovery"] is not None]
-            found["recovery"] = min(scores, default=None)
-            record["stage_seconds"]["measure"] = time.perf_counter() - started
-            for row in found["measures"]:
+                rows, failed = steps.measure(config, Progress(lambda done, total: tick(done)))
+            for row in rows:
                 report.note(row["sentence"])
-        record["evaluation"] |= found
+            record["stage_seconds"]["measure"] = time.perf_counter() - started
+            record["evaluation"] |= {"measures": rows, "measured": None if failed else key, "recovery": None if failed else _lowest(rows)}
+            record["evaluation_error"] = "; ".join(failed) or None
     # what a device, a disk, a kernel or a model's own code ends with; the checkpoint stands, and the run tells it at its end
     except (GPTQError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, MemoryError, ImportError) as error:
         record["evaluation_error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def _lowest(rows: list[dict[str, Any]]) -> float | None:
+    """The recovery of the task that loses most; None where one has none, so that no gate is passed on the others alone."""
+    found = [row["recovery"] for row in rows if row["kind"] == "tasks"]
+    return None if None in found else min(found, default=None)
+
+
+def _earlier(config: RunConfig, key: str) -> dict[str, Any]:
+    """The record of the same work as it stands, whose seconds count too; {} where there is none."""
+    stored = records.read(config.out) or {}
+    return stored if stored.get("key") == key else {}
+
+
 def _record(config: RunConfig, key: str, data: dict[str, Any], allocation: dict[str, Any] | None) -> dict[str, Any]:
     """The stored record if it is of this very work and text, else a new one; it keeps what the work already told."""
-    stored, digest = records.read(config.out), data["evaluation"]["digest"]
-    same_work = stored is not None and stored.get("key") == key
-    if same_work and evaluated(stored, config, digest):
+    stored, digest = _earlier(config, key), data["evaluation"]["digest"]
+    if stored and evaluated(stored, config, digest):
         return stored
     record = records.new(config, key)
-    if same_work:
+    if stored:
         record |= {"blocks": stored["blocks"], "stage_seconds": stored["stage_seconds"]}
         if _judged(stored, config, digest):
-            record["evaluation"] = stored["evaluation"]
+            dropped = ("measures", "measured", "recovery")
+            record["evaluation"] = {key: value for key, value in stored["evaluation"].items() if key not in dropped}
     return record | {"calibration_data": data["calibration"], "evaluation_data": data["evaluation"], "allocation": allocation}
 
 
 def evaluated(record: dict[str, Any], config: RunConfig, digest: str) -> bool:
     """Whether a record has the numbers that `config` asks for, of the held-out windows with this digest."""
-    return _judged(record, config, digest) and record["seconds"] is not None and \
-        record["evaluation"].get("measured") == measures_key(config)
+    complete = _judged(record, config, digest) and record["seconds"] is not None and not record["evaluation_error"]
+    return complete and record["evaluation"].get("measured") == measures_key(config)
 
 
 def _judged(record: dict[str, Any], config: RunConfig, digest: str) -> bool:

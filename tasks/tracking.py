@@ -26,6 +26,8 @@ from tasks.config import RunConfig, TrackingConfig, without_password
 from tasks.figures import front, relative_errors
 
 TAG, SWEEP_TAG, PARENT_TAG = "gptq.run", "gptq.sweep_id", "mlflow.parentRunId"
+ENDED = ("FINISHED", "FAILED")
+"""Of a run that was logged completely; failed: its evaluation did."""
 OF_THE_STORE = ("mlflow", "registry", "notified", "gate", "unchanged")
 """Of a record, what is no part of the work, or comes after it is logged: run.json in MLflow is without it."""
 
@@ -117,7 +119,7 @@ def _log(client: Any, config: RunConfig, record: dict[str, Any], tracking: Track
                start_time=records.milliseconds(record["started"]))  # fmt: skip
     run_id, tags = run.info.run_id, fields.tags(config, record) | ({PARENT_TAG: parent} if parent else {})
     report = records.beside(config.out, ".report.html")
-    if run.info.status == "FINISHED":
+    if run.info.status in ENDED:
         _update(client, run, tags, report)
     else:
         # a parameter stays what it was: a try that was cut off may have been of a config with another gate
@@ -125,7 +127,7 @@ def _log(client: Any, config: RunConfig, record: dict[str, Any], tracking: Track
                  fields.metrics(record))  # fmt: skip
         client.log_inputs(run_id, datasets=_inputs(record))
         _log_artifacts(client, run_id, config, record, report)
-        client.set_terminated(run_id, "FINISHED", end_time=record["finished_ms"])
+        client.set_terminated(run_id, "FAILED" if record["evaluation_error"] else "FINISHED", end_time=record["finished_ms"])
     return {"run_id": run_id, "experiment_id": experiment, "parent_run_id": parent}
 
 
@@ -216,7 +218,7 @@ def _run(client: Any, experiment: str, tag: str, value: str, tags: dict[str, str
 
     def found() -> list[Any]:
         runs = client.search_runs([experiment], f"tags.`{tag}` = '{value}'")
-        return sorted(runs, key=lambda run: (run.info.status != "FINISHED", run.info.run_id))
+        return sorted(runs, key=lambda run: (run.info.status not in ENDED, run.info.run_id))
 
     runs = found()
     if not runs:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gptq_core.overlap import OVERLAPPING
+from gptq_core.overlap import objection
 from tasks import record as records
 from tasks.gate import failed
 from tasks.report import figures
@@ -62,7 +62,7 @@ def _headline(record: dict[str, Any]) -> list[Part]:
         parts.append(Text(f"{count(fell, 'layer')} could not be solved and {'was' if fell == 1 else 'were'} rounded to nearest: see below.",
                           tone="warning"))
     overlap = (record.get("evaluation") or {}).get("overlap")
-    if overlap and max(overlap["share"], overlap.get("calibration_share", 0.0)) >= OVERLAPPING:
+    if overlap and objection(overlap["share"], overlap.get("calibration_share", 0.0), "evaluation"):
         parts.append(Text(f"{percent(overlap['share'])} of the held-out text was also seen in calibration ({overlap['ngram']} tokens in a "
                           "row): its numbers may flatter.", tone="warning"))
     return parts

@@ -57,15 +57,23 @@ def test_a_measure_that_fails_costs_no_number_and_is_made_up_for(quantize, home,
     monkeypatch.setattr(tasks.run.Steps.evaluate, "fn", lambda *args: evaluated.append(1) or right(*args))
     with monkeypatch.context() as patch:
         patch.setattr(tasks.measuring._Judge, "rows", broken)
-        result = quantize("again", CHOICE)
+        result = quantize("again", CHOICE, "gate.max_kl=100", "gate.register_as=tiny")
+    assert "registry" not in result.stdout
     assert result.exit_code == 1 and "RuntimeError: the device is gone" in result.stderr
     first = records.read(home / "again")
-    assert first["evaluation"]["kl"] > 0 and "measures" not in first["evaluation"] and evaluated == [1]
+    assert first["evaluation"]["kl"] > 0 and first["evaluation"]["measures"] == [] and evaluated == [1]
     result = quantize("again", CHOICE)
     assert result.exit_code == 0, result.output
     record = records.read(home / "again")
     assert record["evaluation"]["kl"] == first["evaluation"]["kl"] and len(record["evaluation"]["measures"]) == 2
     assert evaluated == [1] and record["evaluation_error"] is None, "the held-out text was judged once"
+    assert record["seconds"] > first["seconds"]
+    # measures that fail on finished work leave none of the former ones behind, nor a recovery for the gate
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.measuring._Judge, "rows", broken)
+        result = quantize("again", CHOICE.replace("6", "5"), "gate.min_recovery=0.01", "gate.register_as=tiny")
+    record = records.read(home / "again")
+    assert result.exit_code == 1 and record["evaluation"]["measures"] == [] and not record["gate"]["passed"] and record["registry"] is None
 
 
 def test_another_measure_is_added_to_finished_work(quantize, home, corpus):
@@ -85,7 +93,7 @@ def test_a_task_that_is_not_known_costs_no_work(quantize, home):
 
 def test_judging_on_the_calibration_text_is_a_note_and_strict_refuses_it(quantize, home, corpus):
     result = quantize("seen", f"evaluation.dataset={corpus}")
-    assert result.exit_code == 0 and "of the calibration text stands in the held-out one" in result.stderr
+    assert result.exit_code == 0 and "100.0% of the calibration text stands in the judged one" in result.stderr
     assert records.read(home / "seen")["evaluation"]["overlap"]["calibration_share"] == 1
     strict = quantize("strict", f"evaluation.dataset={corpus}", "evaluation.strict=true")
     assert strict.exit_code == 2 and "evaluation and calibration overlap" in strict.stderr and not (home / "strict").exists()

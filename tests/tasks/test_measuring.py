@@ -16,7 +16,7 @@ from gptq_core.engine import Quantization
 from gptq_core.evaluation import load_for_evaluation
 from gptq_core.source import load_tokenizer
 from tasks.config import from_dict
-from tasks.measuring import measure_all, measure_original
+from tasks.measuring import measure_all, measure_original, measures_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +69,7 @@ def own(home, *names, **more):
 
 
 def test_perplexity_is_what_transformers_computes_on_the_same_windows(config, home, tiny_llama, corpus):
-    [row] = measure_all(config({"kind": "perplexity", "dataset": str(corpus), "seqlen": 48, "samples": 20}))
+    [row] = measured(config({"kind": "perplexity", "dataset": str(corpus), "seqlen": 48, "samples": 20}))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     ids = torch.tensor(tokenizer(corpus.read_text())["input_ids"])
     windows = ids[: len(ids) // 48 * 48].view(-1, 48)
@@ -91,7 +91,7 @@ def test_scores_are_those_of_lm_eval_by_itself(config, home, tiny_llama):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    rows = {(row["name"], row["metric"]): row for row in measure_all(config(own(home, "pairs", "lines", limit=10)))}
+    rows = {(row["name"], row["metric"]): row for row in measured(config(own(home, "pairs", "lines", limit=10)))}
     assert set(rows) == {("pairs", "acc"), ("lines", "word_perplexity"), ("lines", "bits_per_byte")}
     absolute = home / "absolute"
     absolute.mkdir()
@@ -111,9 +111,75 @@ def test_scores_are_those_of_lm_eval_by_itself(config, home, tiny_llama):
     assert "0-shot, the first 10 of each task" in row["protocol"] and row["sentence"].startswith("pairs, acc: ")
 
 
+def measured(config):
+    rows, failed = measure_all(config)
+    assert failed == []
+    return rows
+
+
 def test_a_group_is_its_questions_together(config, home):
-    rows = {row["name"]: row for row in measure_all(config(own(home, "both"), own(home, "pairs")))}
+    rows = {row["name"]: row for row in measured(config(own(home, "both"), own(home, "pairs")))}
     assert rows["both"]["original"] == rows["pairs"]["original"] and rows["both"]["count"] == 48
+    assert "the questions of its tasks together" in rows["both"]["protocol"]
+
+
+def test_a_group_that_lm_eval_sums_up_is_what_it_says_and_loses_no_metric(config, home):
+    task(home, "unlike", "lines", include="lines.yaml")
+    (home / "tasks" / "summed.yaml").write_text(json.dumps({
+        "group": "summed", "task": ["pairs", "short", "unlike"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}]}))  # fmt: skip
+    (home / "tasks" / "few.jsonl").write_text("".join((home / "tasks" / "pairs.jsonl").read_text().splitlines(keepends=True)[:3]))
+    task(home, "short", "few", include="pairs.yaml")
+    rows = {(row["name"], row["metric"]): row for row in measured(config(own(home, "summed")))}
+    pairs = measured(config(own(home, "pairs")))[0], measured(config(own(home, "short")))[0]
+    assert rows["summed", "acc"]["original"] == pytest.approx((pairs[0]["original"] + pairs[1]["original"]) / 2)
+    assert "word_perplexity" in {metric for _, metric in rows}
+    if pairs[0]["original"] != pairs[1]["original"]:
+        assert rows["summed", "acc"]["interval"] is None, "a mean of means is not made up of its questions"
+
+
+def task(home, name, data, **keys):
+    (home / "tasks" / f"{name}.yaml").write_text(json.dumps(
+        {"task": name, "dataset_kwargs": {"data_files": {"test": f"{data}.jsonl"}}, **keys}))  # fmt: skip
+
+
+def test_scalar_log_likelihoods_become_a_perplexity_with_its_own_interval(config, home):
+    task(home, "last", "lines", dataset_path="json", test_split="test", output_type="loglikelihood", doc_to_text="{{text[:20]}}",
+         doc_to_target="{{text[20:]}}", metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}])
+    (home / "tasks" / "lines.jsonl").write_text((home / "tasks" / "lines.jsonl").read_text() * 2)
+    [row] = measured(config(own(home, "last")))
+    assert row["interval"][0] <= row["recovery"] <= row["interval"][1] and row["count"] == 24
+
+
+def test_two_names_of_one_text_are_two_rows_of_one_score(config, home, corpus):
+    one = {"kind": "perplexity", "dataset": str(corpus), "seqlen": 40, "samples": 3}
+    rows = measured(config(one | {"name": "one"}, one | {"name": "two"}))
+    assert [row["name"] for row in rows] == ["one", "two"] and rows[0]["original"] == rows[1]["original"]
+
+
+def test_what_fails_costs_no_other_measure(config, home, corpus):
+    task(home, "broken", "pairs", include="pairs.yaml", doc_to_text="{{no_such_field.deeper}}")
+    rows, failed = measure_all(config(own(home, "broken"), str(corpus)))
+    assert [row["metric"] for row in rows] == ["perplexity"]
+    assert len(failed) == 1 and failed[0].startswith("TaskFailedError: evaluation.measures: broken failed in lm-eval (UndefinedError")
+
+
+def test_a_damaged_store_of_the_original_is_made_anew(config, home):
+    mine = config(own(home, "pairs", limit=5))
+    before = measured(mine)
+    for damage in ('{"scores": ', "[1]"):
+        for path in (home / ".originals").iterdir():
+            path.write_text(damage)
+        assert measured(mine)[0]["original"] == before[0]["original"]
+
+
+def test_other_data_elsewhere_is_other_work(config, home):
+    (home / "outer.jsonl").write_text((home / "tasks" / "pairs.jsonl").read_text())
+    task(home, "outer", "../outer", include="pairs.yaml")
+    mine = config(own(home, "outer"))
+    first, key = measured(mine), measures_key(mine)
+    (home / "outer.jsonl").write_text("".join((home / "outer.jsonl").read_text().splitlines(keepends=True)[:9]))
+    assert measures_key(mine) != key and measured(mine)[0]["count"] == 9 != first[0]["count"]
 
 
 def test_the_original_is_scored_once_for_all_runs_of_a_folder(config, home, monkeypatch):
@@ -126,9 +192,9 @@ def test_the_original_is_scored_once_for_all_runs_of_a_folder(config, home, monk
 
     monkeypatch.setattr(tasks.measuring._Judge, "_scored", scored)
     mine = config(own(home, "pairs", limit=7))
-    first = measure_all(mine)
+    first = measured(mine)
     assert [path == mine.model.path for path in asked] == [True, False]
-    again = measure_all(mine)
+    again = measured(mine)
     assert len(asked) == 3 and all(again[0][key] == first[0][key] for key in ("original", "quantized", "interval"))
     # other data under the same name is another original
     data = home / "tasks" / "pairs.jsonl"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tasks.harness import aggregate, curve_of, perplexity
-from tasks.paired import compare, sentence
+from tasks.paired import FEWEST, compare, sentence
 
 
 def slow_interval(before, after, draws=4000):
@@ -42,7 +42,7 @@ def test_a_difference_beyond_the_noise_is_told_and_one_inside_is_not():
     worse = compare(0.9, 0.5, ([1.0] * 90 + [0.0] * 10, [1.0] * 50 + [0.0] * 50), True, float)
     same = compare(0.9, 0.89, ([1.0] * 90 + [0.0] * 10, [1.0] * 88 + [0.0] * 11 + [1.0]), True, float)
     assert worse["inside_noise"] is False and same["inside_noise"] is True
-    row = {"name": "t", "metric": "acc", "original": 0.9, "quantized": 0.5}
+    row = {"name": "t", "metric": "acc", "original": 0.9, "quantized": 0.5, "unit": "questions"}
     assert "worse than the original" in sentence(row | worse) and "inside the noise" in sentence(row | same)
 
 
@@ -52,7 +52,7 @@ def test_perplexity_is_better_when_lower_and_is_drawn_by_weighted_windows():
     after = [[value - 1.0, weight] for value, weight in before]
     values = [aggregate("perplexity", pairs) for pairs in (before, after)]
     assert values[0] == pytest.approx(math.exp(-sum(v for v, _ in before) / sum(w for _, w in before)))
-    found = compare(*values, (before, after), False, curve_of("perplexity", before))
+    found = compare(*values, (before, after), False, curve_of("perplexity"))
     # each window loses one nat on about eleven tokens: whatever is drawn, the ratio stays near e^(-1/11)
     expected = math.exp(-1 / 11)
     assert found["recovery"] == pytest.approx(expected, rel=0.01) and found["interval"] == pytest.approx([expected] * 2, rel=0.01)
@@ -66,5 +66,18 @@ def test_what_becomes_of_pairs(metric, value):
 
 def test_scores_of_nothing_have_no_recovery():
     assert compare(0.0, 0.5, ([0.0, 0.0], [1.0, 0.0]), True, float)["recovery"] is None
-    assert compare(2.0, math.inf, None, False, float)["recovery"] is None and compare(2.0, 4.0, None, False, float)["recovery"] == 0.5
+    assert compare(2.0, math.inf, None, False, float)["recovery"] == 0.0, "a ruined model has recovered nothing"
+    assert compare(2.0, 4.0, None, False, float)["recovery"] == 0.5 and compare(2.0, math.nan, None, True, float)["recovery"] == 0.0
+    for original, quantized in ((-0.0101, -0.017), (0.2, -0.1), (math.nan, 1.0)):
+        assert compare(original, quantized, None, True, float)["recovery"] is None
+    assert compare(0.5, 0.0, None, True, float)["recovery"] == 0.0
     assert perplexity(-1000.0) == math.inf
+
+
+def test_of_a_few_questions_nothing_is_said():
+    few = [1.0] * (FEWEST - 1)
+    found = compare(1.0, 1.0, (few, few), True, float)
+    assert (found["interval"], found["inside_noise"], found["count"]) == (None, None, FEWEST - 1)
+    row = {"name": "t", "metric": "acc", "original": 1.0, "quantized": 1.0, "unit": "windows"}
+    assert sentence(row | found).endswith(f"(no interval: {FEWEST - 1} windows are too few).")
+    assert compare(1.0, 1.0, (few * 2, few * 3), True, float)["interval"] is None, "other questions cannot be paired"
