@@ -153,7 +153,7 @@ class Bench:
                     continue
                 if index == 0 and self.heldout:
                     self.results["quality"][name] = evaluate_pair(str(self.model), f"{own}/out", self.heldout, device="cpu")
-            self.results["versions"] |= found.pop("versions")
+            self.results["versions"][name] = found.pop("versions")
             self.results["runs"].append({"engine": name, "round": index, **found})
             step = found["quantize"]
             print(f"round {index}, {name}: {step['cpu_seconds']:.1f} CPU s, {step['seconds']:.1f} s, {step['peak_bytes'] / 1e6:.0f} MB",

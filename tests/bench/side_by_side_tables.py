@@ -24,16 +24,20 @@ def ratio(runs: dict[int, Run], ours: dict[int, Run], value: Callable[[Run], flo
 
 def main_table(results: dict[str, Any]) -> str:
     """A row an engine; ratios to `results["ours"]`."""
-    lines = ["| | CPU s | ratio | wall s | ratio | peak MB | ratio | load and save, CPU s | perplexity | KL |", "|---" * 10 + "|"]
+    lines = [
+        "| | CPU s | ratio | wall s | ratio | peak MB | ratio | MB before | load and save, CPU s | perplexity | KL |",
+        "|---" * 11 + "|",
+    ]
     ours = of(results, results["ours"])
     for engine in results["engines"]:
         runs = of(results, engine)
         if not runs:
-            lines.append(f"| {engine} | {results['failures'].get(engine, 'not run')} |" + " |" * 8)
+            lines.append(f"| {engine} | {results['failures'].get(engine, 'not run')} |" + " |" * 9)
             continue
         cells: list[str] = []
         for value, digits in ((cpu, 1), (wall, 1), (peak, 0)):
             cells += [number(statistics.median(map(value, runs.values())), digits), number(ratio(runs, ours, value), 2)]
+        cells.append(number(statistics.median(run["quantize"]["start_bytes"] / 1e6 for run in runs.values()), 0))
         around = [sum(run[step]["cpu_seconds"] for step in ("load", "save")) for run in runs.values() if "load" in run]
         cells.append(number(statistics.median(around), 1) if around else "inside")
         quality = results["quality"].get(engine, {})
@@ -87,17 +91,17 @@ def head(results: dict[str, Any]) -> str:
     busy = statistics.median(run["others"] for run in results["runs"] if run["round"] >= 0)
     disturbed = f"Others used {busy:.1f} cores meanwhile (median of the runs)"
     disturbed += ": compare the CPU seconds; wall seconds and stages also measure them." if busy >= DISTURBED else "."
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
-    memory = machine["memory_bytes"] / 2**30
+    versions = sorted({f"{name} {version}" for found in results["versions"].values() for name, version in found.items()})
+    memory, rounds = machine["memory_bytes"] / 2**30, max((run["round"] for run in results["runs"]), default=-1) + 1
     instructions = " ".join(machine["instructions"]) or machine["architecture"]
     return "\n".join([
         f"# {setting['model']}, {setting['bits']} bits, group {setting['group_size']}, {setting['threads']} "
         f"thread{'s' * (setting['threads'] > 1)}", "",
         f"{results['date']}. {setting['windows']} × {setting['seqlen']} calibration tokens ({setting['calibration']}), symmetric, "
-        f"{setting['dtype']}; medians of {setting['rounds']} rounds, {setting['warmup']} before them discarded; ratios to "
+        f"{setting['dtype']}; medians of {rounds} rounds, {setting['warmup']} before them discarded; ratios to "
         f"{results['ours']} of the same round.", "",
         f"{machine['processor']}, {machine['cores']} cores, {memory:.0f} GiB; {instructions}. {disturbed}", "",
-        f"{versions}.",
+        f"{', '.join(versions)}.",
     ])  # fmt: skip
 
 
@@ -105,7 +109,7 @@ def document(results: dict[str, Any]) -> str:
     """The whole file."""
     note = ("The step of a peer is its quantize call on a model that is in memory; its loading and saving stand in a column of their own. "
             "Ours goes from folder to folder: reading, packing and writing are inside. Peak: highest resident set of the process during "
-            "the step.")  # fmt: skip
+            "the step; before it, the libraries are in memory, and of a peer the model.")  # fmt: skip
     parts = [head(results), main_table(results), note]
     if results["heldout"]:
         parts.append(f"Perplexity and KL of the checkpoints of the first round by one evaluator, on {results['heldout']} held-out tokens.")

@@ -1,7 +1,8 @@
 """What the adapters of this folder share: their arguments, the measuring of a step, and the line that they print.
 
 An adapter quantizes one model with one library in a process of its own and prints one line of JSON, its last:
-{"versions": {...}, "threads": 1, "load": STEP, "quantize": STEP, "save": STEP}, where STEP is {"seconds", "cpu_seconds", "peak_bytes"}.
+{"versions": {...}, "threads": 1, "load": STEP, "quantize": STEP, "save": STEP}, where STEP is
+{"seconds", "cpu_seconds", "start_bytes", "peak_bytes"}: wall and CPU seconds, the resident set before and its peak.
 It runs in the environment of that library, so nothing of this project is imported here. Linux: memory is read from /proc.
 """
 
@@ -54,6 +55,11 @@ def torch_dtype(name: str) -> torch.dtype | str:
     return name if name == "auto" else getattr(torch, name)
 
 
+def resident(field: str) -> int:
+    """Bytes: VmRSS now, VmHWM the highest."""
+    return int(re.search(rf"^{field}:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)[1]) * 1024
+
+
 class Steps:
     """Time and memory of the steps of one process, by name."""
 
@@ -64,11 +70,10 @@ class Steps:
     def __call__(self, name: str) -> Iterator[None]:
         """Wall and CPU seconds of all threads, and the highest resident set from here on, what is there already included."""
         _CLEAR.write_text("5")  # proc(5): resets VmHWM
-        wall, cpu = time.perf_counter(), time.process_time()
+        start, wall, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
         yield
         seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
-        peak = int(re.search(r"^VmHWM:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)[1]) * 1024
-        self.found[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
+        self.found[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "start_bytes": start, "peak_bytes": resident("VmHWM")}
 
     def answer(self, *packages: str, **more: Any) -> None:
         """Print the line and end: threads that a peer leaves behind would hold up the exit."""

@@ -3,7 +3,9 @@ without it one pass for each step of true_sequential, its default. Its save writ
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 from measured import DAMPING, Steps, arguments, torch_dtype
 
@@ -30,4 +32,9 @@ with steps("save"):
     if hasattr(model.config, "quantization_config"):
         model.config.quantization_config["dataset"] = None
     quantizer.save(model, args.out)
+# 2.3 turns the zeros to those of "gptq" and says so in quantize_config.json, while config.json goes on to say "gptq_v2"
+written = json.loads((Path(args.out) / "quantize_config.json").read_text())["format"]
+config = json.loads((Path(args.out) / "config.json").read_text())
+config["quantization_config"]["format"] = written
+(Path(args.out) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 steps.answer("optimum", "gptqmodel")
