@@ -1,0 +1,227 @@
+"""Our engine and its peers on one model: seconds of the quantize step, peak memory, and what the checkpoints are worth.
+
+    python tests/bench/side_by_side.py MODEL --calibration TEXT --heldout TEXT --peer gptqmodel=ENV/bin/python [--peer ...]
+    python tests/bench/side_by_side.py --wide --peer gptqmodel=ENV/bin/python [--peer ...]
+
+MODEL is any local folder; TEXT is a file (.txt, .jsonl, .parquet), or FILE.safetensors:NAME for a row of token ids. --wide needs
+neither: it makes a Llama of hidden size 2048 with random weights, for time and memory alone. A peer is named (gptqmodel, optimum,
+optimum-block, llmcompressor, autoround) with the Python that has it; nothing is installed here. All get the same tokens, bits, group
+size, threads and dtype, each run in a process of its own, in rounds, so that what slows the machine down hits all of them.
+The first round is discarded: GPTQModel compiles kernels in it. Into --out go a dated .json with every run and a .md with medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from ablation import windows
+from safetensors.torch import save_file
+from side_by_side_tables import document, main_table
+
+from gptq_core import Windows, evaluate_pair
+from gptq_core.config import RECIPES
+
+HERE = Path(__file__).parent
+PEERS: dict[str, tuple[str, list[str]]] = {
+    "gptqmodel": ("run_gptqmodel.py", []),
+    "optimum": ("run_optimum.py", []),
+    "optimum-block": ("run_optimum.py", ["--by-block"]),
+    "llmcompressor": ("run_llmcompressor.py", []),
+    "autoround": ("run_autoround.py", []),
+}
+"""Name to adapter and its own arguments."""
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
+"""Sets that a GEMM is fast or slow by, as /proc/cpuinfo names them."""
+WIDE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "max_position_embeddings": 2048, "tie_word_embeddings": False}  # fmt: skip
+
+
+def make_wide(folder: Path) -> Windows:
+    """The wide model in bfloat16, as models are given out, with the tokenizer that peers insist on; 8 windows of 512 random tokens."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDE, dtype="bfloat16")).bfloat16()
+    model.save_pretrained(folder)
+    words = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")
+    own = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    own.save_pretrained(folder)
+    return Windows(torch.randint(3, WIDE["vocab_size"], (8, 512)), "random ids", 8)
+
+
+def machine() -> dict[str, Any]:
+    known = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"^model name\s*:\s*(.+)$", known, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", known, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    return {
+        "processor": name[1] if name else platform.machine(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "instructions": [name for name in INSTRUCTIONS if name in present],
+        "python": platform.python_version(),
+    }
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processors have spent on anything since they started (proc(5), stat), waiting excluded."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """CPU seconds of this process and of those it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def environment(threads: int, ours: bool) -> dict[str, str]:
+    """No hub, no GPU, so many threads. Our sources are those of this checkout, whatever is installed; peers see none of them."""
+    found = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    found |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    return found | ({"PYTHONPATH": str(HERE.parents[1])} if ours else {})
+
+
+def execute(command: list[str], ours: bool, threads: int, cwd: Path, timeout: float) -> dict[str, Any]:
+    """One run: what the adapter answered, and the cores that others used meanwhile. RuntimeError: it failed; its last lines were shown."""
+    busy, own, started = busy_seconds(), own_seconds(), time.perf_counter()
+    try:
+        done = subprocess.run(command, env=environment(threads, ours), cwd=cwd, timeout=timeout, capture_output=True, text=True)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"stopped after {timeout:.0f} s") from error
+    seconds = time.perf_counter() - started
+    others = max(0.0, busy_seconds() - busy - (own_seconds() - own)) / seconds
+    if done.returncode or not done.stdout.strip().splitlines()[-1:]:
+        print(done.stderr[-3000:], file=sys.stderr, flush=True)
+        raise RuntimeError(f"failed, exit status {done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"others": others, "process_seconds": seconds}
+
+
+class Bench:
+    """The runs of one start, and the results as they grow."""
+
+    def __init__(self, args: argparse.Namespace, model: Path, calibration: Windows, heldout: Windows | None, folder: Path) -> None:
+        self.args, self.model, self.heldout, self.folder = args, model, heldout, folder
+        save_file({"tokens": calibration.tokens.contiguous()}, folder / "tokens.safetensors")
+        self.commands = {f"ours: {recipe}": self._command(sys.executable, "run_ours.py", ["--recipe", recipe]) for recipe in args.recipes}
+        self.commands |= {name: self._command(python, *PEERS[name]) for name, python in args.peer}
+        ours = f"ours: {'tuned' if 'tuned' in args.recipes else args.recipes[0]}"
+        self.results: dict[str, Any] = {
+            "date": datetime.datetime.now().isoformat(timespec="minutes"), "machine": machine(), "ours": ours,
+            "setting": {
+                "model": model.name, "bits": args.bits, "group_size": args.group_size, "threads": args.threads, "dtype": args.dtype,
+                "windows": calibration.count, "seqlen": calibration.seqlen, "calibration": calibration.source,
+                "tokens_sha256": calibration.digest, "rounds": args.rounds, "warmup": args.warmup,
+            },
+            "heldout": heldout.count * (heldout.seqlen - 1) if heldout else 0, "engines": list(self.commands), "versions": {}, "runs": [],
+            "quality": {}, "failures": {},
+        }  # fmt: skip
+
+    def _command(self, python: str, script: str, own: list[str]) -> list[str]:
+        settings = ("bits", "group_size", "threads", "dtype")
+        flags = [part for name in settings for part in ("--" + name.replace("_", "-"), str(getattr(self.args, name)))]
+        return [python, str(HERE / "peers" / script), str(self.model), str(self.folder / "tokens.safetensors"), "out", *flags, *own]
+
+    def round(self, index: int) -> None:
+        """Every engine once, from another one on each time. index: below 0 to warm up."""
+        names = [name for name in self.commands if name not in self.results["failures"]]
+        first = index % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            with tempfile.TemporaryDirectory(dir=self.folder) as own:  # peers leave logs where they are started
+                try:
+                    found = execute(self.commands[name], name.startswith("ours"), self.args.threads, Path(own), self.args.timeout)
+                except RuntimeError as error:
+                    print(f"{name}: {error}", file=sys.stderr, flush=True)
+                    self.results["failures"][name] = str(error)
+                    continue
+                if index == 0 and self.heldout:
+                    self.results["quality"][name] = evaluate_pair(str(self.model), f"{own}/out", self.heldout, device="cpu")
+            self.results["versions"][name] = found.pop("versions")
+            self.results["runs"].append({"engine": name, "round": index, **found})
+            step = found["quantize"]
+            print(f"round {index}, {name}: {step['cpu_seconds']:.1f} CPU s, {step['seconds']:.1f} s, {step['peak_bytes'] / 1e6:.0f} MB",
+                  flush=True)  # fmt: skip
+
+    def write(self) -> None:
+        """Both files, after every round: a bench that is stopped leaves what it has."""
+        setting = self.results["setting"]
+        date = self.results["date"].replace(":", "")
+        name = f"{date}-{setting['model']}-w{setting['bits']}g{setting['group_size']}-t{setting['threads']}"
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        (self.args.out / f"{name}.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        (self.args.out / f"{name}.md").write_text(document(self.results))
+
+
+def peer(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    if name not in PEERS or not shutil.which(python):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=PYTHON with a NAME of {', '.join(PEERS)} and a PYTHON that can be run")
+    return name, str(Path(shutil.which(python)).absolute())  # not resolved: the link inside an environment is what makes it one
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--wide", action="store_true", help="in place of MODEL: a wide model with random weights")
+    parser.add_argument("--calibration")
+    parser.add_argument("--heldout", help="without it, time and memory alone")
+    parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--recipes", default="classic,tuned", type=lambda text: text.split(","))
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "auto"), help="of all; auto: as each one chooses")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before, discarded")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--heldout-samples", type=int, default=96)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds that one run may take")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "side_by_side")
+    args = parser.parse_args()
+    if args.wide == bool(args.model) or bool(args.model) != bool(args.calibration):
+        parser.error("give MODEL with --calibration, or --wide alone")
+    if unknown := set(args.recipes) - set(RECIPES):
+        parser.error(f"no recipes {sorted(unknown)}; there are {', '.join(RECIPES)}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if args.wide:
+            model, heldout = folder / "wide", None
+            calibration = make_wide(model)
+        else:
+            model = args.model.resolve()
+            calibration = windows(args.calibration, str(model), args.seqlen, args.samples, 0)
+            heldout = windows(args.heldout, str(model), args.seqlen, args.heldout_samples, None) if args.heldout else None
+        bench = Bench(args, model, calibration, heldout, folder)
+        for index in range(-args.warmup, args.rounds):
+            bench.round(index)
+            if index >= 0:
+                bench.write()
+    print(main_table(bench.results))
+
+
+if __name__ == "__main__":
+    main()
