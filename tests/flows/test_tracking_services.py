@@ -26,6 +26,11 @@ OVERHEAD = 30
 """Seconds that a run may take longer because MLflow does not answer."""
 
 
+def more(where: str):
+    """A moment more, half a minute each: only by `pytest -m kills`."""
+    return pytest.param(where, marks=pytest.mark.kills)
+
+
 def call(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
@@ -99,7 +104,7 @@ def at(monkeypatch, name, do, count=1):
     monkeypatch.setattr(MlflowClient, name, call)
 
 
-@pytest.mark.parametrize("where", ["before", "in the middle of logging", "stopped at the artifacts", "at the registration"])
+@pytest.mark.parametrize("where", ["before", "in the middle of logging", more("stopped at the artifacts"), more("at the registration")])
 def test_a_run_completes_and_is_logged_later(server, run_yaml, tmp_path, migrated, monkeypatch, where):
     if where != "before":
         server.start()
@@ -128,7 +133,8 @@ def test_a_run_completes_and_is_logged_later(server, run_yaml, tmp_path, migrate
     assert without_ids(dump(server.address)) == without_ids(undisturbed(tmp_path, migrated, monkeypatch, server.address))
 
 
-@pytest.mark.parametrize("where", ["before", "after the parent", "after a cell", "stopped after a cell", "at the end"])
+@pytest.mark.parametrize("where", [more("before"), more("after the parent"), "after a cell", more("stopped after a cell"),
+                                   more("at the end")])  # fmt: skip
 def test_a_sweep_completes_and_is_logged_later(server, run_yaml, tmp_path, migrated, monkeypatch, where):
     if where != "before":
         server.start()

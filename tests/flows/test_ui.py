@@ -103,6 +103,12 @@ def test_the_demo_is_the_sweep_of_its_yaml_from_anywhere(home, monkeypatch):
 FILLED = "import sys; from flows.launch import outcome; from flows.ui import ui\nwith outcome(): ui(0, 0, sys.argv[1], sys.argv[2:])"
 
 
+def heeds_signals():
+    """Under nohup or in the background some are ignored, and a child would go on ignoring them."""
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, signal.SIG_DFL)
+
+
 class Pages:
     """A `flows ui` of its own home, on free ports."""
 
@@ -113,7 +119,7 @@ class Pages:
                            "PYTHONPATH": str(ROOT)}  # fmt: skip
         with open(home / "out.txt", "w") as out, open(home / "err.txt", "w") as err:
             self.process = subprocess.Popen([sys.executable, *args], cwd=home, env=self.env, stdin=subprocess.DEVNULL, stdout=out,
-                                            stderr=err)
+                                            stderr=err, preexec_fn=heeds_signals)
 
     @property
     def told(self) -> str:
@@ -344,7 +350,7 @@ def test_a_run_as_it_is_told_shows_on_both_and_one_without_the_password_says_so(
         run = ask.get(f"{pages.prefect}/api/flow_runs/{record['prefect_flow_run_id']}").json()
         assert run["state"]["type"] == "COMPLETED"
         found = ask.get(f"{pages.mlflow}/api/2.0/mlflow/runs/get", params={"run_id": record["mlflow"]["run_id"]}).json()["run"]
-        assert found["info"]["run_name"] == "single" and found["info"]["status"] == "FINISHED"
+        assert found["info"]["run_name"] == "tiny-llama w4g32 tuned" and found["info"]["status"] == "FINISHED"
         file = ask.get(f"{pages.mlflow}/get-artifact", params={"run_uuid": record["mlflow"]["run_id"], "path": "config.yaml"})
         assert file.status_code == 200 and "group_size: 32" in file.text
     stranger = subprocess.run([sys.executable, "-m", "flows", "quantize", "run.yaml", "--bits", "2", "--out", "stranger"], cwd=pages.home,
