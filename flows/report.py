@@ -42,10 +42,16 @@ def show(
 ) -> None:
     """One HTML file that opens from disk: summary, quality and size, layers, time, what was left, config. The default command."""
     with outcome():
+        from gptq_core.errors import InputError
         from tasks.report.find import find
 
         found = find(run_or_sweep)
-        _finish(_page(found.kind, found.content), out or found.report, open_)
+        try:
+            page = _page(found.kind, found.content)
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise InputError(f"the record of {run_or_sweep} is damaged ({type(error).__name__}: {error}): the same command that made it "
+                             "writes it anew") from error  # fmt: skip
+        _finish(page, out or found.report, open_)
 
 
 @app.command()

@@ -56,6 +56,13 @@ def test_what_is_wrong_is_said_in_one_line(home):
     assert result.exit_code == 2 and "cannot be written" in result.stderr and "--out FILE" in result.stderr
 
 
+def test_a_record_that_was_damaged_by_hand_is_told(home):
+    record = records.read(home / "a")
+    records.write(home / "a", record | {"blocks": [{"block": 0, "layers": [{"name": 3}]}]})
+    result = call(home / "a")
+    assert result.exit_code == 2 and f"the record of {home / 'a'} is damaged" in result.stderr and result.stderr.count("\n") == 1
+
+
 class Told:
     def __init__(self):
         self.notes = []
