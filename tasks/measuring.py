@@ -120,13 +120,12 @@ class _Judge:
     def _key(self, wanted: PerplexityMeasure | TasksMeasure) -> str:
         """sha256 of what decides the original's scores: model, measure, its text or data, device and libraries."""
         model = self.config.model
-        digest = Checkpoint(resolve(model.path, model.revision)).digest()
-        folder = Path(resolve(model.path, model.revision))
-        tokenizer = [[path.name, file_sha256(path)] for path in sorted(folder.glob("*token*")) if path.is_file()]
+        source = Checkpoint(resolve(model.path, model.revision))
+        tokenizer = [[path.name, file_sha256(path)] for path in sorted(source.folder.glob("*token*")) if path.is_file()]
         data = [_data(wanted, self.config), tokenizer]
         versions = [torch.__version__, transformers.__version__, version("lm_eval"), choose_device(model.device).type]
         asked = wanted.model_dump(mode="json", exclude={"include", "name", "batch_size"})
-        what = [digest, asked, data, versions, self.config.evaluation.runner == "vllm"]
+        what = [source.digest(), asked, data, versions, self.config.evaluation.runner == "vllm"]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def _scored(self, wanted: PerplexityMeasure | TasksMeasure, path: str, revision: str | None, backend: str | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -206,17 +205,6 @@ def pages(tmp_path_factory, tiny_llama, corpus):
         yield started
     finally:
         started.stop()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no browser: install chromium (on Debian and Ubuntu: apt install chromium)")
-    with playwright.sync_playwright() as started:
-        # its sandbox refuses to run as root, as in a container
-        yield started.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
 
 
 class Heard:
