@@ -17,9 +17,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from gptq_core import grid
+from gptq_core.kernels.descent import descend_columns
 
 BLOCK = 128
-SUB_BLOCK = 16
 PANEL = 256
 
 
@@ -84,8 +84,9 @@ def _descend_span(
         if moves_codes:
             for begin in range(start, start + size, BLOCK):
                 block = slice(begin, min(begin + BLOCK, start + size))
-                change, block_gain = _descend_block(codes, slope, fitted.scales[g], fitted.zeros[g], fitted.max_code, damped, block)
-                gain += block_gain
+                curvature = damped[block, block]
+                change = descend_columns(codes[block], slope[block], fitted.scales[g], fitted.zeros[g], fitted.max_code, curvature)
+                gain -= (change * (2 * slope[block] + curvature.diagonal().unsqueeze(1) * change)).sum(0)
                 moved[begin - span.start : block.stop - span.start] += change
                 slope[block.stop : span.stop].addmm_(damped[block.stop : span.stop, block], change)
                 if not last:
@@ -102,27 +103,3 @@ def _scale_step(scale: Tensor, tilt: Tensor, bend: Tensor) -> Tensor:
     best = (scale - tilt / bend).half().to(scale.dtype)
     usable = (bend > 0) & torch.isfinite(best) & (best != 0)
     return torch.where(usable, best - scale, 0.0)
-
-
-def _descend_block(
-    codes: Tensor, slope: Tensor, scale: Tensor, zero: Tensor, max_code: int, damped: Tensor, block: slice
-) -> tuple[Tensor, Tensor]:
-    """The codes of a block in place, column by column; the change of its rounded weights (columns, out) and the gain."""
-    curvature = damped.diagonal()[block]
-    inverse = (1 / curvature).tolist()
-    before = codes[block].to(slope.dtype).sub_(zero).mul_(scale)
-    change = torch.empty_like(before)
-    for start in range(block.start, block.stop, SUB_BLOCK):
-        stop = min(start + SUB_BLOCK, block.stop)
-        for i in range(start, stop):
-            row = i - block.start
-            best = torch.sub(before[row], slope[i], alpha=inverse[row])
-            code = grid.quantize(best, scale, zero, max_code)
-            codes[i] = code
-            torch.sub(code.sub_(zero).mul_(scale), before[row], out=change[row])
-            if i + 1 < stop:
-                slope[i + 1 : stop].addr_(damped[i, i + 1 : stop], change[row])
-        if stop < block.stop:
-            done = slice(start - block.start, stop - block.start)
-            slope[stop : block.stop].addmm_(damped[stop : block.stop, start:stop], change[done])
-    return change, -(change * (2 * slope[block] + curvature.unsqueeze(1) * change)).sum(0)

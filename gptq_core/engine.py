@@ -20,10 +20,8 @@ import hashlib
 import json
 import platform
 import time
-from collections import defaultdict
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,7 @@ from gptq_core.distribution import distribution
 from gptq_core.errors import InputError
 from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian, Shift
+from gptq_core.stages import Stages
 from gptq_core.summary import summarize
 from gptq_core.tuning import tune
 
@@ -77,7 +76,7 @@ class Quantization:
         self.source = source
         self.decoder = architecture.find_decoder(architecture.empty_model(model_config, dtype))
         self.block_count = len(self.decoder.blocks)
-        self.stage_seconds: dict[str, float] = defaultdict(float)
+        self.timed = Stages(device)
         self.selection = selection.select(self.source, self.decoder, config)
         head = architecture.head_name(self.decoder.model)
         self._head = head if head in self.selection.layers else None
@@ -158,7 +157,7 @@ class Quantization:
 
     def _identity(self) -> dict[str, Any]:
         """What decides the bytes of the result: the content key is the sha256 of this record."""
-        with self._timed("read"):
+        with self.timed("read"):
             model_sha256 = self.source.digest()
         # the dataset is represented by the digest of its tokens, backend concerns loading only
         config = self.config.model_dump(exclude={"dataset", "backend"})
@@ -196,11 +195,11 @@ class Quantization:
         block_names = set(self.decoder.block_tensor_names())
         outside = [n for n in architecture.tensor_names(model) if n not in block_names]
         body = {n for n in outside if n.startswith(f"{model.base_model_prefix}.")}  # the head is not needed to reach the blocks
-        with self._timed("read"):
+        with self.timed("read"):
             architecture.fill(model, "", self._read, self.device, self.dtype, skip=set(architecture.tensor_names(model)) - body)
         batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // self.windows.seqlen)
         self._batches = [b.to(self.device) for b in self.windows.tokens.split(batch)]
-        with self._timed("forward"):
+        with self.timed("forward"):
             architecture.fill(blocks[0], f"{self.decoder.prefix}.0", self._read, self.device, self.dtype)
             self._as_tuple = walk.returns_tuple(model.base_model, blocks[0], self._batches[0][:1])
             architecture.empty(blocks[0])
@@ -254,25 +253,25 @@ class Quantization:
     def _replay(self, index: int, block: nn.Module, path: str) -> None:
         stored = safetensors.torch.load_file(self.output.partial / self._file(index))
         read = assembly.unpacking(stored, self.selection, self.config.format, self.dtype)
-        with self._timed("read"):
+        with self.timed("read"):
             architecture.fill(block, path, read, self.device, self.dtype)
-        with self._timed("forward"):
+        with self.timed("forward"):
             walk.run(block, self._hidden, self._calls[index])
         if self._original:
-            with self._timed("read"):
+            with self.timed("read"):
                 architecture.fill(block, path, self._read, self.device, self.dtype)
-            with self._timed("forward"):
+            with self.timed("forward"):
                 walk.run(block, self._original, self._calls[index])
 
     def _quantize(self, index: int, block: nn.Module, path: str) -> dict[str, Any]:
-        with self._timed("read"):
+        with self.timed("read"):
             tensors = self._prefetched.pop(index).result() if index in self._prefetched else self._read_block(index)
             architecture.fill(block, path, tensors.__getitem__, self.device, self.dtype)
         if index + 1 < self.block_count and index + 1 not in self._prefetched:
             self._prefetched[index + 1] = self._prefetcher.submit(self._read_block, index + 1)
         configs, linears = self.selection.in_block(index), architecture.linears_of(block)
         wanted = {name: linears[name] for name in configs}
-        with self._timed("forward"):
+        with self.timed("forward"):
             groups = self._groups(index, block, wanted)
         solutions: dict[str, solver.Solution] = {}
         reports: dict[str, dict[str, Any]] = {}
@@ -282,7 +281,7 @@ class Quantization:
 
         def solve(group: walk.InputGroup, hessian: Hessian, shift: Shift | None) -> None:
             members = [Member(f"{path}.{name}", wanted[name].weight, configs[name], name in writers) for name in group.names]
-            for name, solution, report in solve_group(members, hessian, shift, self._timed):
+            for name, solution, report in solve_group(members, hessian, shift, self.timed):
                 solutions[name], reports[name] = solution, report
                 linear = wanted[name.removeprefix(f"{path}.")]
                 linear.weight.data = solution.weight(self.dtype)
@@ -290,19 +289,17 @@ class Quantization:
                     linear.bias.data = linear.bias.half().to(self.dtype)
 
         inputs = list(self._hidden)
-        before, started = sum(self.stage_seconds.values()), time.perf_counter()
-        walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original)
-        # what the walk did beside solving: forwards, and the products that feed the Hessians
-        self.stage_seconds["forward and hessian"] += time.perf_counter() - started - (sum(self.stage_seconds.values()) - before)
+        with self.timed("forward"):
+            walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original, self.timed)
         tuning = None
         if self.config.tuning_steps:
-            with self._timed("tuning"):
+            with self.timed("tuning"):
                 solutions, tuning = self._tune(index, block, wanted, solutions, inputs)
-        with self._timed("pack"):
+        with self.timed("pack"):
             shard = assembly.packed(tensors, solutions, self.selection)
             for name, solution in solutions.items():
                 reports[name] |= distribution(solution, self.selection.layers[name].config.bits)
-        with self._timed("write"):
+        with self.timed("write"):
             record = {"kind": "block", "block": index, "layers": list(reports.values())} | ({"tuning": tuning} if tuning else {})
             return self.output.write_shard(self._file(index), shard, record)
 
@@ -321,7 +318,7 @@ class Quantization:
             return None
         writers: frozenset[str] = frozenset()
         if self.config.residual_shift:
-            with self._timed("forward"):
+            with self.timed("forward"):
                 writers = walk.residual_writers(block, linears, self._hidden[0][:1], self._call(index).cut(1))
         twin = copy.deepcopy(block)
         inner = architecture.linears_of(twin)
@@ -350,7 +347,7 @@ class Quantization:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
         if self.finished:
             return self.output.records[-1]["summary"] | self._published()
-        with self._timed("write"):
+        with self.timed("write"):
             rest, unused = assembly.outside_blocks(self.decoder, self.source)
             head = self._quantize_head(rest) if self._head else []
             self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest", "layers": head})
@@ -376,7 +373,7 @@ class Quantization:
         hessian = Hessian(head.in_features, self.device)
         walk.finish(model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
         weight = self._read(f"{name}.weight").to(self.device, self.dtype)
-        [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, None, self._timed)
+        [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, None, self.timed)
         own = {n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}
         rest |= assembly.packed(own, {name: solution}, self.selection)
         return [report | distribution(solution, self.selection.layers[name].config.bits)]
@@ -400,10 +397,7 @@ class Quantization:
     def _read_block(self, index: int) -> dict[str, Tensor]:
         return {name: self._read(name) for name in architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")}
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stage_seconds[stage] += time.perf_counter() - started
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds by stage so far."""
+        return self.timed.seconds

@@ -13,17 +13,16 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_core.config import QuantizeConfig
-
-SMALLEST_SCALE = 2.0**-24
-"""Smallest positive float16."""
-COARSE_STEPS, FINE_STEPS = 16, 4
-SMALLEST_SHARE, LARGEST_SHARE = 0.4, 1.1
-"""The search looks at scales from this share of the one that covers the extreme to a little beyond it."""
+from gptq_core.kernels.scales import float16_exact, search
 
 
-def fit(weights: Float[Tensor, "columns out"], importance: Float[Tensor, " columns"], config: QuantizeConfig) -> tuple[Tensor, Tensor]:
-    """Scale and zero (out,) of one group, as `config.scale_search` says. importance: diag(H) of the group's columns."""
-    return min_max(weights, config) if config.scale_search == "min_max" else searched(weights, importance, config)
+def fit(
+    weights: Float[Tensor, "groups columns out"], importance: Float[Tensor, "groups columns"], config: QuantizeConfig
+) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
+    """Scales and zeros of groups, as `config.scale_search` says. importance: what an error in each column costs."""
+    if config.scale_search == "min_max":
+        return min_max(weights, config)
+    return search(weights, importance, config.max_code, None if config.sym else config.smallest_zero)
 
 
 @dataclass(frozen=True)
@@ -35,68 +34,21 @@ class Grid:
     max_code: int
 
 
-def min_max(weights: Float[Tensor, "columns out"], config: QuantizeConfig) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
-    """Scale and zero of one group for each output, from the extremes of its columns.
+def min_max(
+    weights: Float[Tensor, "*groups columns out"], config: QuantizeConfig
+) -> tuple[Float[Tensor, "*groups out"], Float[Tensor, "*groups out"]]:
+    """Scale and zero of each group and output, from the extremes of its columns.
 
     Symmetric: 2·max|w| / (2^bits - 1) around the fixed zero 2^(bits-1). Asymmetric: the range of {w, 0} and the rounded zero.
     A group of zeros gets scale 1. Source: the GPTQ reference quantizer (Frantar et al. 2022, arXiv 2210.17323).
     """
     if config.sym:
-        span = 2 * weights.abs().amax(0)
-        scale = _float16_exact(span / config.max_code)
+        span = 2 * weights.abs().amax(-2)
+        scale = float16_exact(span / config.max_code)
         return scale, torch.full_like(scale, 2 ** (config.bits - 1))
-    low, high = weights.amin(0).clamp(max=0), weights.amax(0).clamp(min=0)
-    scale = _float16_exact((high - low) / config.max_code)
+    low, high = weights.amin(-2).clamp(max=0), weights.amax(-2).clamp(min=0)
+    scale = float16_exact((high - low) / config.max_code)
     return scale, torch.round(-low / scale).clamp(config.smallest_zero, config.max_code)
-
-
-def searched(
-    weights: Float[Tensor, "columns out"], importance: Float[Tensor, " columns"], config: QuantizeConfig
-) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
-    """Scale and zero of one group for each output with the least Σ importance · (w - w~)², by a coarse and then a fine grid.
-
-    Symmetric: the codes reach one step further down than up, so a scale of either sign is tried: the extreme of a group lies on
-    the longer side. Asymmetric: the range shrinks around its middle, and the zero is tried one step to either side.
-    """
-    weight = importance.unsqueeze(1)
-    low, high = weights.amin(0), weights.amax(0)
-    if config.sym:
-        base, middle = torch.maximum(-low, high) / 2 ** (config.bits - 1), torch.zeros_like(low)
-        signs, shifts = (1.0, -1.0), (0,)
-    else:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        base, middle = (high - low) / config.max_code, (high + low) / 2
-        signs, shifts = (1.0,), (-1, 0, 1)
-    best = torch.full_like(base, torch.inf)
-    chosen, zero_point, share = torch.ones_like(base), torch.zeros_like(base), torch.ones_like(base)
-
-    def consider(shares: Tensor, sign: Tensor | float, shift: int) -> None:
-        scale = _float16_exact(sign * shares * base)
-        if config.sym:
-            zero = torch.full_like(scale, 2 ** (config.bits - 1))
-        else:
-            # the middle of the range falls on the middle of the codes
-            zero = torch.round(config.max_code / 2 - middle / scale).add_(shift).clamp_(config.smallest_zero, config.max_code)
-        error = quantize(weights, scale, zero, config.max_code).sub_(zero).mul_(scale).sub_(weights).square_().mul_(weight).sum(0)
-        better = error < best
-        for kept, new in ((best, error), (chosen, scale), (zero_point, zero), (share, sign * shares)):
-            kept.copy_(torch.where(better, new, kept))
-
-    for step in range(COARSE_STEPS):
-        fraction = SMALLEST_SHARE + (LARGEST_SHARE - SMALLEST_SHARE) * step / (COARSE_STEPS - 1)
-        for sign in signs:
-            for shift in shifts:
-                consider(torch.full_like(base, fraction), sign, shift)
-    around, spacing = share.clone(), (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
-    for step in range(1, FINE_STEPS):
-        for side in (-1, 1):
-            consider(around.abs() + side * spacing * step / FINE_STEPS, around.sign(), 0)
-    return chosen, zero_point
-
-
-def _float16_exact(scale: Tensor) -> Tensor:
-    magnitude = torch.where(scale != 0, scale.abs().clamp(min=SMALLEST_SCALE), 1.0)
-    return torch.copysign(magnitude, scale).to(torch.float16).to(scale.dtype)
 
 
 def quantize(weights: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:

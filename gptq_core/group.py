@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,8 @@ from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
 from gptq_core.factor import Factor, damping, factorize
 from gptq_core.hessian import Hessian, Shift
+from gptq_core.stages import Timed
 
-Timed = Callable[[str], AbstractContextManager[None]]
 Factorize = Callable[[Tensor, QuantizeConfig, str, int], Factor]
 """`factor.factorize`, or what keeps its results for others that solve on the same Hessian."""
 
@@ -37,7 +36,7 @@ class Member:
 def solve_group(
     members: list[Member], hessian: Hessian, shift: Shift | None, timed: Timed, factorize: Factorize = factorize
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
-    """(name, solution, report) of every member. `timed` measures the stages factor, shift and sweep.
+    """(name, solution, report) of every member. `timed` measures the stages factor, shift and the solver's.
 
     Members of equal config are factored once and solved as the stacked rows of one matrix. Raises FactorizationError, which names
     the linears, unless their config allows rounding instead.
@@ -64,8 +63,7 @@ def _solve_alike(
         if shift is not None:
             with timed("shift"):
                 target = shifted(members, weights, hessian, shift, tokens)
-        with timed("sweep"):
-            solved = solver.solve(target, factor, config)
+        solved = solver.solve(target, factor, config, timed)
     except FactorizationError as error:
         if config.on_failure != "round":
             raise

@@ -34,8 +34,10 @@ def objection(share: float, of_seen: float, what: str) -> str | None:
     """As overlapping, of shares that are known."""
     if share < OVERLAPPING and of_seen < CONTAINED:
         return None
-    return (f"{what} and calibration overlap: {share:.1%} of the judged text is calibrated on (must be below {OVERLAPPING:.0%}), "
-            f"{of_seen:.1%} of the calibration text stands in the judged one (must be below {CONTAINED:.0%}), by {NGRAM} tokens in a row")
+    return (
+        f"{what} and calibration overlap: {share:.1%} of the judged text is calibrated on (must be below {OVERLAPPING:.0%}), "
+        f"{of_seen:.1%} of the calibration text stands in the judged one (must be below {CONTAINED:.0%}), by {NGRAM} tokens in a row"
+    )
 
 
 def _digests(windows: Tensor, ngram: int) -> Tensor:

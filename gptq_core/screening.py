@@ -161,7 +161,7 @@ class _Cell:
             return
         started = time.perf_counter()
         try:
-            for name, solution, report in solve_group(members, hessian, None, run._timed, factors):
+            for name, solution, report in solve_group(members, hessian, None, run.timed, factors):
                 self.solutions[name] = solution
                 if report["fallback"]:
                     self.fallbacks.append(name)

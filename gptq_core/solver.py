@@ -26,9 +26,10 @@ from gptq_core import grid
 from gptq_core.config import QuantizeConfig
 from gptq_core.descent import descend, slope_after_sweep
 from gptq_core.factor import Factor
+from gptq_core.kernels.columns import round_columns
+from gptq_core.stages import Timed, untimed
 
 COLUMN_BLOCK = 128
-SUB_BLOCK = 16
 LATENT_REACH = 0.49
 """Less than half a step, so that a latent rounds to its code."""
 POWER_ROWS = 256
@@ -60,8 +61,8 @@ class Solution:
         return grid.dequantize(self.codes, self.scales, self.zeros, self.g_idx, dtype)
 
 
-def solve(weight: Float[Tensor, "out columns"], factor: Factor, config: QuantizeConfig) -> Solution:
-    """Quantize a weight (out, in) against a factored Hessian (in, in). The input is not changed.
+def solve(weight: Float[Tensor, "out columns"], factor: Factor, config: QuantizeConfig, timed: Timed = untimed) -> Solution:
+    """Quantize a weight (out, in) against a factored Hessian (in, in). The input is not changed. `timed`: stages scales, sweep, descent.
 
     Computes in the factor's dtype. in must be divisible by group_size (the engine checks this before any work).
     """
@@ -76,24 +77,26 @@ def solve(weight: Float[Tensor, "out columns"], factor: Factor, config: Quantize
     # a single group is fitted on the target either way, so it needs no block as long as the row
     fit_during_sweep = not config.static_groups and groups > 1
     if not fit_during_sweep:
-        for g in range(groups):
-            part = slice(g * size, (g + 1) * size)
-            fitted.scales[g], fitted.zeros[g] = grid.fit(target[part], importance[part], config)
+        with timed("scales"):
+            fitted = grid.Grid(*grid.fit(target.view(groups, size, -1), importance.view(groups, size), config), config.max_code)
     # groups follow the processing order under desc_act; in every other order a column keeps its own group
     g_idx = torch.empty_like(original_group)
     g_idx[factor.order] = original_group if config.desc_act else original_group[factor.order]
 
     order, back = factor.order, torch.argsort(factor.order)
-    codes, errors = sweep(target[order], factor.upper, g_idx[order], fitted, config if fit_during_sweep else None, importance[order])
-    loss = errors.square().sum(0)
+    with timed("sweep"):
+        fit = config if fit_during_sweep else None
+        codes, errors = sweep(target[order], factor.upper, g_idx[order], fitted, fit, importance[order], timed)
+        loss = errors.square().sum(0)
     if config.refit or config.descent:
-        slope, damped = slope_after_sweep(factor.upper, errors), factor.damped
-        # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
-        if config.desc_act:
-            damped = damped[order][:, order]
-        else:
-            codes, slope, back = codes[back], slope[back], slice(None)
-        loss -= descend(codes, slope, fitted, damped, scales=config.refit, passes=config.descent)
+        with timed("descent"):
+            slope, damped = slope_after_sweep(factor.upper, errors), factor.damped
+            # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
+            if config.desc_act:
+                damped = damped[order][:, order]
+            else:
+                codes, slope, back = codes[back], slope[back], slice(None)
+            loss -= descend(codes, slope, fitted, damped, scales=config.refit, passes=config.descent)
     codes = codes[back]
     latents = _latents(target, codes, g_idx, fitted, factor.damped) if config.tuning_steps else None
     return Solution(codes, fitted.scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss, latents)
@@ -131,6 +134,7 @@ def sweep(
     fitted: grid.Grid,
     fit: QuantizeConfig | None,
     importance: Float[Tensor, " columns"],
+    timed: Timed = untimed,
 ) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"]]:
     """Codes (in, out) of a target in processing order, and (w - q)R, whose squares sum up to the loss.
 
@@ -139,8 +143,7 @@ def sweep(
     may be interleaved.
     """
     columns, out = target.shape
-    groups = group_of.tolist()
-    run = columns // fitted.scales.shape[0] if fit else SUB_BLOCK
+    run = columns // fitted.scales.shape[0] if fit else COLUMN_BLOCK
     codes = torch.empty(columns, out, dtype=torch.uint8, device=target.device)
     delta = torch.empty_like(target)
     errors = torch.empty_like(target)
@@ -154,21 +157,20 @@ def sweep(
             now += torch.linalg.solve_triangular(triangle.T, carried, upper=False)
         feedback = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=now.dtype, device=now.device), upper=True)
         feedback = feedback / feedback.diagonal().unsqueeze(1)
-        for start, stop in _sub_blocks(end - begin, run):
-            if fit and start % run == 0:
-                g = groups[begin + start]
-                fitted.scales[g], fitted.zeros[g] = grid.fit(now[start : start + run], importance[begin + start : begin + start + run], fit)
-            for i in range(start, stop):
-                g = groups[begin + i]
-                code = grid.quantize(now[i], fitted.scales[g], fitted.zeros[g], fitted.max_code)
-                codes[begin + i] = code
-                rounded = code.sub_(fitted.zeros[g]).mul_(fitted.scales[g])
-                torch.sub(target[begin + i], rounded, out=delta[begin + i])
-                now[i] -= rounded  # from here on row i holds the error of column i
-                if i + 1 < stop:
-                    now[i + 1 : stop].addr_(feedback[i, i + 1 : stop], now[i], alpha=-1)
+        for start in range(0, end - begin, run):
+            stop = min(start + run, end - begin)
+            part = slice(begin + start, begin + stop)
+            if fit:
+                g = group_of[begin + start]
+                with timed("scales"):
+                    fitted.scales[g], fitted.zeros[g] = (t[0] for t in grid.fit(now[None, start:stop], importance[None, part], fit))
+            own = feedback[start:stop, start:stop]
+            codes[part] = round_columns(now[start:stop], own, fitted.scales, fitted.zeros, group_of[part], fitted.max_code)
             if stop < end - begin:
                 now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
+        group = group_of[begin:end]
+        rounded = codes[begin:end].to(now.dtype).sub_(fitted.zeros[group]).mul_(fitted.scales[group])
+        torch.sub(target[begin:end], rounded, out=delta[begin:end])
         torch.mul(now, triangle.diagonal().unsqueeze(1), out=errors[begin:end])
     return codes, errors
 
@@ -185,11 +187,3 @@ def relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float
 def _block_size(columns: int, run: int) -> int:
     """A multiple of the group length near COLUMN_BLOCK, so that a block never cuts a group; a long group is its own block."""
     return min(columns, run * max(1, COLUMN_BLOCK // run))
-
-
-def _sub_blocks(columns: int, run: int) -> list[tuple[int, int]]:
-    return [
-        (start, min(start + SUB_BLOCK, first + run, columns))
-        for first in range(0, columns, run)
-        for start in range(first, min(first + run, columns), SUB_BLOCK)
-    ]

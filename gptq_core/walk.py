@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gptq_core.errors import UnsupportedModelError
 from gptq_core.hessian import Hessian, Shift
+from gptq_core.stages import Timed, untimed
 
 
 @dataclass(frozen=True)
@@ -241,12 +242,13 @@ def walk(
     solve: Solve,
     true_sequential: bool,
     original: Original | None = None,
+    timed: Timed = untimed,
 ) -> None:
     """Quantize a block and replace `hidden_states` by its outputs; with `original`, its hidden states likewise.
 
     `solve` receives each group and its Hessian and must write the quantized weights into the modules. With `true_sequential`
     it is called group by group inside one forward of every batch; without, all Hessians come from one pass with the original
-    weights, and a second pass computes the outputs.
+    weights, and a second pass computes the outputs. `timed` measures the stages hessian and shift; the rest is the forward.
     """
     hessians: dict[int, Hessian] = {}
     shifts: dict[int, Shift] = {}
@@ -261,10 +263,13 @@ def walk(
             counted.add((number, coroutine.batch))
             if number not in hessians:
                 hessians[number] = Hessian(group.in_features, args[0].device)
-            hessians[number].add(args[0])
+            with timed("hessian"):
+                hessians[number].add(args[0])
             if original is not None:
                 lost = coroutine.lost() if original.writers.intersection(group.names) else None
-                shifts.setdefault(number, Shift()).add(args[0], coroutine.shadow.inputs_of(number), lost)
+                inputs = coroutine.shadow.inputs_of(number)  # resumes the shadow
+                with timed("shift"):
+                    shifts.setdefault(number, Shift()).add(args[0], inputs, lost)
             if true_sequential:
                 coroutine.parent.switch(number)
 

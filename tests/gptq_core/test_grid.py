@@ -10,6 +10,13 @@ from gptq_core.factor import factorize
 from gptq_core.solver import solve
 
 
+def searched(weights, importance, config):
+    """Scale and zero of one group."""
+    assert config.scale_search == "weighted"
+    scales, zeros = grid.fit(weights[None], importance[None], config)
+    return scales[0], zeros[0]
+
+
 def weighted_error(weights, importance, scale, zero, max_code):
     rounded = (grid.quantize(weights, scale, zero, max_code) - zero) * scale
     return ((weights - rounded).square() * importance.unsqueeze(1)).sum(0)
@@ -21,7 +28,7 @@ def test_search_comes_close_to_brute_force_and_beats_the_extremes(bits, sym):
     g = torch.Generator().manual_seed(bits)
     weights, importance = torch.randn(64, 40, generator=g), torch.rand(64, generator=g) ** 3
     config = QuantizeConfig(bits=bits, sym=sym, group_size=64, format="gptq_v2")
-    error = weighted_error(weights, importance, *grid.searched(weights, importance, config), config.max_code)
+    error = weighted_error(weights, importance, *searched(weights, importance, config), config.max_code)
     plain = weighted_error(weights, importance, *grid.min_max(weights, config), config.max_code)
     best = torch.full_like(plain, torch.inf)
     span = weights.amax(0) - weights.amin(0)
@@ -41,7 +48,7 @@ def test_search_comes_close_to_brute_force_and_beats_the_extremes(bits, sym):
 def test_the_extreme_lies_on_the_longer_side_so_scales_may_be_negative():
     weights = torch.full((32, 2), 0.1)
     weights[0, 0], weights[0, 1] = 8.0, -8.0
-    scale, zero = grid.searched(weights, torch.ones(32), QuantizeConfig(bits=4))
+    scale, zero = searched(weights, torch.ones(32), QuantizeConfig(bits=4))
     assert scale[0] < 0 < scale[1]
     assert zero.tolist() == [8, 8]
     assert torch.equal(scale, scale.half().float())
@@ -54,8 +61,8 @@ def test_importance_decides():
     importance = torch.ones(33)
     importance[0] = 1e-6
     config = QuantizeConfig(bits=3)
-    clipped = grid.searched(weights, importance, config)[0].abs()
-    assert clipped < grid.searched(weights, torch.ones(33), config)[0].abs()
+    clipped = searched(weights, importance, config)[0].abs()
+    assert clipped < searched(weights, torch.ones(33), config)[0].abs()
 
 
 def test_tuned_is_better_than_classic_on_the_true_hessian():

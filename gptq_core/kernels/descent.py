@@ -1,0 +1,43 @@
+"""Coordinate descent on the codes of one column block: each to the minimum of its own parabola, given all others.
+
+A changed code changes the slopes of the columns that follow in the block; the rest of the layer is told by its caller.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+SUB_BLOCK = 16
+
+
+def descend_columns(
+    codes: UInt8[Tensor, "block out"],
+    slope: Float[Tensor, "block out"],
+    scale: Float[Tensor, " out"],
+    zero: Float[Tensor, " out"],
+    max_code: int,
+    damped: Float[Tensor, "block block"],
+) -> Float[Tensor, "block out"]:
+    """Move the codes of a block, which lies in one group, in place; the change of its rounded weights.
+
+    slope: half the gradient, (q - w)(H + λI), in place: each row ends as its column found it, before its own code moved.
+    damped: H + λI of these columns.
+    """
+    block = codes.shape[0]
+    inverse = (1 / damped.diagonal()).tolist()
+    before = codes.to(slope.dtype).sub_(zero).mul_(scale)
+    change = torch.empty_like(before)
+    for start in range(0, block, SUB_BLOCK):
+        stop = min(start + SUB_BLOCK, block)
+        for i in range(start, stop):
+            best = torch.sub(before[i], slope[i], alpha=inverse[i])
+            code = (best / scale).round_().add_(zero).clamp_(0, max_code)
+            codes[i] = code
+            torch.sub(code.sub_(zero).mul_(scale), before[i], out=change[i])
+            if i + 1 < stop:
+                slope[i + 1 : stop].addr_(damped[i, i + 1 : stop], change[i])
+        if stop < block:
+            slope[stop:].addmm_(damped[stop:, start:stop], change[start:stop])
+    return change

@@ -1,0 +1,42 @@
+"""The clock of the stages: each stage its own time, whatever runs inside it."""
+
+import pytest
+import torch
+
+from gptq_core import stages
+from gptq_core.stages import Stages
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A hand that the test moves."""
+    now = [0.0]
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_an_inner_stage_stops_the_outer_clock(clock):
+    timed = Stages(torch.device("cpu"))
+    with timed("forward"):
+        clock[0] += 1
+        with timed("hessian"):
+            clock[0] += 10
+            with timed("forward"):
+                clock[0] += 100
+        clock[0] += 1000
+    clock[0] += 10000  # in no stage
+    with timed("pack"):
+        clock[0] += 5
+    timed.add("pack", 7.0)
+    assert timed.seconds == {"forward": 1101.0, "hessian": 10.0, "pack": 12.0}
+
+
+def test_a_stage_that_fails_is_left(clock):
+    timed = Stages(torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), timed("sweep"):
+        clock[0] += 2
+        raise ZeroDivisionError
+    clock[0] += 50
+    with timed("write"):
+        clock[0] += 3
+    assert timed.seconds == {"sweep": 2.0, "write": 3.0}
