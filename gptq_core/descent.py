@@ -7,28 +7,34 @@ any code is known. Here everything is known. On E = (w - q)(H + λI)(w - q)ᵀ o
 - column by column, its code to the one nearest to the minimum of the parabola E(q_i).
 
 Neither step can raise E, so a pass never makes a row worse. `slope` holds (q - w)(H + λI), half the gradient. It comes out of the
-sweep by one triangular product, and is kept up to date by the GEMMs of the blocks: a pass costs about as much as the sweep.
+sweep by one triangular product, and what a span of columns has moved reaches the next ones by one tall product each: a pass costs
+about as much as the sweep. These products may have bfloat16 operands: a slope off by 0.3 % moves no code that it is worth to move.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_core import grid
 from gptq_core.kernels.descent import descend_columns
 
 BLOCK = 128
-PANEL = 256
 
 
-def slope_after_sweep(upper: Float[Tensor, "columns columns"], errors: Float[Tensor, "columns out"]) -> Float[Tensor, "columns out"]:
-    """(q - w)(H + λI) of every output, transposed: -R z for the z = ((w - q)R)ᵀ that the sweep leaves behind."""
-    slope = torch.zeros_like(errors)
-    for begin in range(0, upper.shape[0], PANEL):
-        end = min(begin + PANEL, upper.shape[0])
-        slope[:end].addmm_(upper[:end, begin:end], errors[begin:end], alpha=-1)
+def slope_after_sweep(
+    lower: Float[Tensor, "columns columns"], errors: Float[Tensor, "columns out"], place: Int[Tensor, " columns"]
+) -> Float[Tensor, "columns out"]:
+    """(q - w)(H + λI) of every output, transposed, in float32 at least: -L z for the z = ((w - q)L)ᵀ that the sweep leaves behind.
+
+    Both in the order of L's rows; `place` says which row of the result each one becomes.
+    """
+    columns, out = errors.shape
+    slope = torch.empty(columns, out, dtype=torch.promote_types(errors.dtype, torch.float32), device=errors.device)
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        slope[place[begin:end]] = -(lower[begin:end, :end] @ errors[:end]).to(slope.dtype)
     return slope
 
 
@@ -36,7 +42,9 @@ def descend(
     codes: UInt8[Tensor, "columns out"],
     slope: Float[Tensor, "columns out"],
     fitted: grid.Grid,
-    damped: Float[Tensor, "columns columns"],
+    hessian: Float[Tensor, "columns columns"],
+    damp: Float[Tensor, ""],
+    coarse: Float[Tensor, "columns columns"],
     *,
     scales: bool,
     passes: int,
@@ -44,13 +52,25 @@ def descend(
     """Improve `codes` and `fitted` in place by `passes` passes; how much lower the loss of each output is.
 
     With `scales` a pass moves the scales too, and with 0 passes one is made that moves nothing else. Groups are runs of columns;
-    damped is H + λI in the same order.
+    hessian is H in the same order, coarse the same in the dtype of the tall products, and damp is λ.
     """
     gain = slope.new_zeros(slope.shape[1])
+    moved = torch.zeros_like(slope, dtype=coarse.dtype)  # of each span, what the others have not been told yet
+    columns, groups = slope.shape[0], fitted.scales.shape[0]
     for number in range(max(passes, 1)):
-        last = number == max(passes, 1) - 1
-        for span in _spans(slope.shape[0], fitted.scales.shape[0]):
-            gain += _descend_span(codes, slope, fitted, damped, span, scales, passes > 0, last)
+        for span in _spans(columns, groups):
+            told = slice(0, None if number else span.start)  # in the first pass nothing after the span has moved
+            moved[span] = 0
+            if number or span.start:
+                slope[span] += coarse[span, told] @ moved[told]
+            own = hessian[span, span].clone()
+            own.diagonal().add_(damp)
+            within = slice(span.start * groups // columns, span.stop * groups // columns)
+            part = grid.Grid(fitted.scales[within], fitted.zeros[within], fitted.max_code)
+            last = number == max(passes, 1) - 1
+            change, less = _descend_span(codes[span], slope[span], part, own, scales, passes > 0, last)
+            moved[span] = change
+            gain += less
     return gain
 
 
@@ -62,40 +82,39 @@ def _spans(columns: int, groups: int) -> list[slice]:
 
 
 def _descend_span(
-    codes: Tensor, slope: Tensor, fitted: grid.Grid, damped: Tensor, span: slice, scales: bool, moves_codes: bool, last: bool
-) -> Tensor:
-    """One pass over the groups of a span; the gain. In the last pass nobody looks back, so only columns that follow are told."""
-    size = slope.shape[0] // fitted.scales.shape[0]
+    codes: Tensor, slope: Tensor, fitted: grid.Grid, own: Tensor, scales: bool, moves_codes: bool, last: bool
+) -> tuple[Tensor, Tensor]:
+    """One pass over the groups of a span, in place; the change of its rounded weights, and the gain.
+
+    All tensors are the span's; own is H + λI. slope knows of all that has moved in the span, in the last pass of what later columns see.
+    """
+    size = codes.shape[0] // fitted.scales.shape[0]
     gain = slope.new_zeros(slope.shape[1])
-    moved = slope.new_zeros(span.stop - span.start, slope.shape[1])
-    for start in range(span.start, span.stop, size):
-        g, group = start // size, slice(start, start + size)
-        told = slice(start if last else span.start, span.stop)
+    moved = torch.zeros_like(slope)
+    for g, start in enumerate(range(0, codes.shape[0], size)):
+        group, told = slice(start, start + size), slice(start if last else 0, None)
         if scales:
             centred = codes[group].to(slope.dtype).sub_(fitted.zeros[g])
-            reached = damped[told, group] @ centred
-            own = slice(start - told.start, start - told.start + size)
-            tilt, bend = (centred * slope[group]).sum(0), (centred * reached[own]).sum(0)
+            reached = own[told, group] @ centred
+            tilt = (centred * slope[group]).sum(0)
+            bend = (centred * reached[start - (told.start or 0) :][:size]).sum(0)
             step = _scale_step(fitted.scales[g], tilt, bend)
             gain -= step * (2 * tilt + step * bend)
             slope[told] += reached.mul_(step)
-            moved[start - span.start : start - span.start + size] += centred.mul_(step)
+            moved[group] = centred.mul_(step)
             fitted.scales[g] += step
         if moves_codes:
             for begin in range(start, start + size, BLOCK):
                 block = slice(begin, min(begin + BLOCK, start + size))
-                curvature = damped[block, block]
+                curvature = own[block, block]
                 change = descend_columns(codes[block], slope[block], fitted.scales[g], fitted.zeros[g], fitted.max_code, curvature)
                 gain -= (change * (2 * slope[block] + curvature.diagonal().unsqueeze(1) * change)).sum(0)
-                moved[begin - span.start : block.stop - span.start] += change
-                slope[block.stop : span.stop].addmm_(damped[block.stop : span.stop, block], change)
+                moved[block] += change
+                slope[block.stop :].addmm_(own[block.stop :, block], change)
                 if not last:
-                    slope[span.start : begin].addmm_(damped[span.start : begin, block], change)
-                    slope[block].addmm_(damped[block, block].triu(), change)  # the lower half was told on the way
-    slope[span.stop :].addmm_(damped[span.stop :, span], moved)
-    if not last:
-        slope[: span.start].addmm_(damped[: span.start, span], moved)
-    return gain
+                    slope[:begin].addmm_(own[:begin, block], change)
+                    slope[block].addmm_(curvature.triu(), change)  # the lower half was told on the way
+    return moved, gain
 
 
 def _scale_step(scale: Tensor, tilt: Tensor, bend: Tensor) -> Tensor:

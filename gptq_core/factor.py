@@ -4,9 +4,10 @@ With H + λI = R Rᵀ and R *upper* triangular, GPTQ processed column by column 
 
     q_i = Q( w_i + Σ_{k<i} (w_k - q_k) R[k,i] / R[i,i] )
 
-(LDLQ, equivalently Babai's nearest plane; Chen et al. 2025, arXiv 2507.18553), so no inverse is ever formed. R comes from a
-lower Cholesky with both axes flipped before and after. λ = damp_percent · mean(diag H). A factorization that fails is tried
-again with more damping by a stated schedule; every attempt is recorded and the last failure is an error that names the layer.
+(LDLQ, equivalently Babai's nearest plane; Chen et al. 2025, arXiv 2507.18553), so no inverse is ever formed. Read from its last row
+and column to the first, R is the lower Cholesky factor L of the matrix whose columns stand in reverse order: that L is what is kept,
+and nothing is flipped. λ = damp_percent · mean(diag H). A factorization that fails is tried again with more damping by a stated
+schedule; every attempt is recorded and the last failure is an error that names the layer.
 """
 
 from __future__ import annotations
@@ -28,18 +29,30 @@ DAMPING_SCHEDULE = (1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class Factor:
-    """The factor of one input group, in processing order."""
+    """The factor of one input group."""
 
-    upper: Float[Tensor, "n n"]
-    """R, upper triangular, of the permuted and damped Hessian."""
+    lower: Float[Tensor, "n n"]
+    """L, lower triangular, with L Lᵀ the damped Hessian of the columns in reverse processing order: row 0 is the last column's."""
     order: Int[Tensor, " n"]
     """Original column at each processing position."""
     damp_percent: float
     """The damping that worked."""
     failed_attempts: int
     """Cholesky attempts that failed before it."""
-    damped: Float[Tensor, "n n"]
-    """H + λI, columns in their original order."""
+    hessian: Float[Tensor, "n n"]
+    """H, columns in their original order."""
+    damp: Float[Tensor, ""]
+    """λ."""
+
+    @property
+    def backwards(self) -> Int[Tensor, " n"]:
+        """Original column of each row of `lower`."""
+        return self.order.flip(0)
+
+    @property
+    def curvature(self) -> Float[Tensor, " n"]:
+        """diag(H + λI), columns in their original order."""
+        return self.hessian.diagonal() + self.damp
 
 
 def column_order(diagonal: Float[Tensor, " n"], config: QuantizeConfig) -> Int[Tensor, " n"]:
@@ -76,22 +89,23 @@ def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str,
     Raises FactorizationError when H is not finite, is zero, or stays indefinite through the damping schedule.
     """
     diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
-    if not mean > 0 or not torch.isfinite(diagonal).all():
+    mean = diagonal.mean()
+    if not mean > 0 or not torch.isfinite(mean):
         raise FactorizationError(
-            f"{layer}: mean of diag(H) is {mean}, a positive finite number is needed; its calibration inputs are zero or not "
+            f"{layer}: mean of diag(H) is {float(mean)}, a positive finite number is needed; its calibration inputs are zero or not "
             "finite: check the model's weights and the calibration text, or load the model in float32 (model.dtype)"
         )
     order = column_order(diagonal, config)
+    backwards = order.flip(0)
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
     wanted = damping(config.damp_percent, 0.5, hessian.shape[0], tokens)
     for attempt, factor in enumerate(DAMPING_SCHEDULE):
         damp = wanted * factor
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        backwards = order.flip(0)
-        lower, info = torch.linalg.cholesky_ex(damped[backwards][:, backwards])
+        lower = hessian.index_select(0, backwards).index_select(1, backwards).T  # symmetric; column by column, as LAPACK wants it
+        lower.diagonal().add_(damp * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
-            return Factor(lower.flip(0, 1), order, damp, attempt, damped)
+            return Factor(lower, order, damp, attempt, hessian, damp * mean)
     tried = ", ".join(f"{wanted * f:g}" for f in DAMPING_SCHEDULE)
     raise FactorizationError(
         f"{layer}: the Hessian is not positive definite with damp_percent {tried}; calibrate on more tokens or raise damp_percent, "

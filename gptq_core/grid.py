@@ -67,52 +67,12 @@ def dequantize(
 
     Negative entries of g_idx count groups from the end, as some writers do.
     """
-    group = g_idx.long()
-    centred = codes.float() - zeros.float()[group]
-    return (centred * scales.float()[group]).T.to(dtype).contiguous()
-
-
-def refitted(
-    pulled: Float[Tensor, "columns out"],
-    codes: UInt8[Tensor, "columns out"],
-    fitted: Grid,
-    g_idx: Int[Tensor, " columns"],
-    damped: Float[Tensor, "columns columns"],
-) -> tuple[Float[Tensor, "groups out"], Float[Tensor, " out"]]:
-    """Scales with the least (w - w~)(H + λI)(w - w~)ᵀ for frozen codes, and how much lower the loss of each output becomes.
-
-    Least squares over the group scales of each row: A s = b with A_gh = q_g H_gh q_hᵀ, b_g = q_g (H w)_g, q = code - zero; `pulled`
-    is H w. A row whose loss does not fall once its scales are float16 keeps them as they are.
-    """
-    groups, out = fitted.scales.shape
-    centred = codes.to(pulled.dtype) - fitted.zeros[g_idx]
-    if not bool((g_idx[1:] >= g_idx[:-1]).all()):  # groups out of order: put their columns together
-        grouped = torch.argsort(g_idx, stable=True)
-        centred, damped, pulled = centred[grouped], damped[grouped][:, grouped], pulled[grouped]
-    size = centred.shape[0] // groups
-    parts = centred.view(groups, size, out)
-    right = (pulled * centred).view(groups, size, out).sum(1).T.double()  # b: (out, groups)
-    normal = centred.new_empty(out, groups, groups)
-    for g in range(groups):
-        # A is symmetric: groups from g on are enough
-        reached = damped[g * size :, g * size : (g + 1) * size] @ parts[g]
-        normal[:, g:, g] = reached.mul_(centred[g * size :]).view(groups - g, size, out).sum(1).T
-        normal[:, g, g + 1 :] = normal[:, g + 1 :, g]
-    left = normal.double()
-    # a group whose codes are all at the zero point has no scale to solve for; a whisper of the identity leaves it where it is
-    ridge = left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * 1e-9
-    left = left + torch.diag_embed(ridge.unsqueeze(1).expand(-1, groups))
-    before = fitted.scales.T.double()
-
-    def times(scales: Tensor) -> Tensor:
-        return (left @ scales.unsqueeze(2)).squeeze(2)
-
-    def objective(scales: Tensor) -> Tensor:
-        return (scales * (times(scales) - 2 * right)).sum(1)
-
-    step, info = torch.linalg.solve_ex(left, (right - times(before)).unsqueeze(2))
-    after = (before + step.squeeze(2)).to(torch.float16).double()
-    gain = objective(before) - objective(after)
-    kept = (gain > 0) & (info == 0) & torch.isfinite(after).all(1) & (after != 0).all(1)
-    scales = torch.where(kept.unsqueeze(1), after, before).T.to(fitted.scales.dtype)
-    return scales.contiguous(), torch.where(kept, gain, 0.0).to(pulled.dtype)
+    groups, out = scales.shape
+    size = codes.shape[0] // groups
+    weight = codes.float()
+    if size * groups == codes.shape[0] and torch.equal(g_idx, torch.arange(groups, device=g_idx.device).repeat_interleave(size)):
+        parts, zeros, scales = weight.view(groups, size, out), zeros.float().unsqueeze(1), scales.float().unsqueeze(1)
+    else:
+        parts, zeros, scales = weight, zeros.float()[g_idx.long()], scales.float()[g_idx.long()]
+    parts.sub_(zeros).mul_(scales)
+    return weight.T.to(dtype).contiguous()

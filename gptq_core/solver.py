@@ -30,6 +30,8 @@ from gptq_core.kernels.columns import round_columns
 from gptq_core.stages import Timed, untimed
 
 COLUMN_BLOCK = 128
+ROWS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+"""Outputs that are solved together: on the CPU their targets and errors stay in the cache, and memory does not grow with the layer."""
 LATENT_REACH = 0.49
 """Less than half a step, so that a latent rounds to its code."""
 POWER_ROWS = 256
@@ -61,118 +63,153 @@ class Solution:
         return grid.dequantize(self.codes, self.scales, self.zeros, self.g_idx, dtype)
 
 
-def solve(weight: Float[Tensor, "out columns"], factor: Factor, config: QuantizeConfig, timed: Timed = untimed) -> Solution:
+def solve(
+    weight: Float[Tensor, "out columns"],
+    factor: Factor,
+    config: QuantizeConfig,
+    timed: Timed = untimed,
+    products: torch.dtype | None = None,
+) -> Solution:
     """Quantize a weight (out, in) against a factored Hessian (in, in). The input is not changed. `timed`: stages scales, sweep, descent.
 
-    Computes in the factor's dtype. in must be divisible by group_size (the engine checks this before any work).
+    Computes in the factor's dtype; `products` is the one of the operands of the tall products, where it is another. in must be
+    divisible by group_size (the engine checks this before any work).
     """
-    columns = weight.shape[1]
-    size = columns if config.group_size == -1 else config.group_size
-    target = weight.to(factor.upper.dtype).T.contiguous()
-    original_group = torch.arange(columns, device=weight.device) // size
-    groups = config.groups_of(columns)
-    shape = (groups, weight.shape[0])
-    fitted = grid.Grid(target.new_empty(shape), target.new_empty(shape), config.max_code)
+    coarse = _Coarse.of(factor, config, products or factor.lower.dtype)
+    rows = ROWS_AT_ONCE.get(weight.device.type, ROWS_AT_ONCE["cuda"])
+    parts = [_solve_rows(part, factor, coarse, config, timed) for part in weight.split(rows)]
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("codes", "scales", "zeros"))
+    latents = torch.cat([part.latents for part in parts], 1) if config.tuning_steps else None
+    return Solution(codes, scales, zeros, parts[0].g_idx, torch.cat([part.loss for part in parts]), latents)
+
+
+@dataclass(frozen=True)
+class _Coarse:
+    """What all rows of a weight share: the operands of the tall products, in their dtype."""
+
+    lower: Tensor
+    hessian: Tensor | None
+    """In the order of the descent; None where there is none."""
+    exact_hessian: Tensor | None
+    """The same, in the factor's dtype."""
+
+    @staticmethod
+    def of(factor: Factor, config: QuantizeConfig, dtype: torch.dtype) -> _Coarse:
+        hessian = factor.hessian if config.refit or config.descent else None
+        if hessian is not None and config.desc_act:
+            hessian = hessian[factor.order][:, factor.order]
+        return _Coarse(factor.lower.to(dtype), None if hessian is None else hessian.to(dtype), hessian)
+
+
+def _solve_rows(weight: Tensor, factor: Factor, coarse: _Coarse, config: QuantizeConfig, timed: Timed) -> Solution:
+    """`solve` for some rows of a weight."""
+    columns, groups = weight.shape[1], config.groups_of(weight.shape[1])
+    size = columns // groups
     importance = _importance(factor)
     # a single group is fitted on the target either way, so it needs no block as long as the row
     fit_during_sweep = not config.static_groups and groups > 1
-    if not fit_during_sweep:
-        with timed("scales"):
+    with timed("scales"):
+        target = weight.to(factor.lower.dtype).T.contiguous()
+        fitted = grid.Grid(target.new_empty(groups, weight.shape[0]), target.new_empty(groups, weight.shape[0]), config.max_code)
+        if not fit_during_sweep:
             fitted = grid.Grid(*grid.fit(target.view(groups, size, -1), importance.view(groups, size), config), config.max_code)
     # groups follow the processing order under desc_act; in every other order a column keeps its own group
+    original_group = torch.arange(columns, device=weight.device) // size
     g_idx = torch.empty_like(original_group)
     g_idx[factor.order] = original_group if config.desc_act else original_group[factor.order]
-
-    order, back = factor.order, torch.argsort(factor.order)
     with timed("sweep"):
-        fit = config if fit_during_sweep else None
-        codes, errors = sweep(target[order], factor.upper, g_idx[order], fitted, fit, importance[order], timed)
-        loss = errors.square().sum(0)
-    if config.refit or config.descent:
+        codes, errors, loss = sweep(target, factor, coarse.lower, g_idx, fitted, config if fit_during_sweep else None, importance, timed)
+    if coarse.hessian is not None:
         with timed("descent"):
-            slope, damped = slope_after_sweep(factor.upper, errors), factor.damped
             # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
+            place = torch.arange(columns, device=weight.device).flip(0) if config.desc_act else factor.backwards
+            slope = slope_after_sweep(coarse.lower, errors, place)
+            found = codes[factor.order] if config.desc_act else codes
+            exact = coarse.exact_hessian
+            loss -= descend(found, slope, fitted, exact, factor.damp, coarse.hessian, scales=config.refit, passes=config.descent)
             if config.desc_act:
-                damped = damped[order][:, order]
-            else:
-                codes, slope, back = codes[back], slope[back], slice(None)
-            loss -= descend(codes, slope, fitted, damped, scales=config.refit, passes=config.descent)
-    codes = codes[back]
-    latents = _latents(target, codes, g_idx, fitted, factor.damped) if config.tuning_steps else None
+                codes[factor.order] = found
+    latents = _latents(target, codes, g_idx, fitted, factor) if config.tuning_steps else None
     return Solution(codes, fitted.scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss, latents)
 
 
-def _latents(target: Tensor, codes: Tensor, g_idx: Tensor, fitted: grid.Grid, damped: Tensor) -> Tensor:
+def _latents(target: Tensor, codes: Tensor, g_idx: Tensor, fitted: grid.Grid, factor: Factor) -> Tensor:
     """Each code moved towards the minimum of its own parabola, given all other codes, by at most LATENT_REACH."""
     scales = fitted.scales[g_idx]
     error = target - (codes.to(target.dtype) - fitted.zeros[g_idx]) * scales
-    reach = (damped @ error) / damped.diagonal().unsqueeze(1) / scales
+    reach = (factor.hessian @ error).add_(factor.damp * error).div_(factor.curvature.unsqueeze(1)).div_(scales)
     return codes.to(target.dtype) + reach.clamp_(-LATENT_REACH, LATENT_REACH)
 
 
 def _importance(factor: Factor) -> Float[Tensor, " columns"]:
     """Weight of each column's squared error when scales are searched: the geometric mean of diag(H), its cost when no other column
     answers to it, and of R[i,i]², its cost when all columns after it do. Columns in their original order."""
-    conditional = torch.empty_like(factor.upper.diagonal())
-    conditional[factor.order] = factor.upper.diagonal().square()
-    return (conditional * factor.damped.diagonal()).sqrt()
+    conditional = torch.empty_like(factor.curvature)
+    conditional[factor.backwards] = factor.lower.diagonal().square()
+    return (conditional * factor.curvature).sqrt()
 
 
 def round_to_nearest(weight: Float[Tensor, "out columns"], config: QuantizeConfig) -> Solution:
     """Every weight to its nearest code on min-max scales: what a failed factorization falls back to where that is allowed."""
     columns = weight.shape[1]
-    eye = torch.eye(columns, device=weight.device)
-    identity = Factor(eye, torch.arange(columns, device=weight.device), 0.0, 0, eye)
+    eye, order = torch.eye(columns, device=weight.device), torch.arange(columns, device=weight.device)
+    identity = Factor(eye, order, 0.0, 0, eye, eye.new_zeros(()))
     plain = config.model_copy(update={"desc_act": False, "scale_search": "min_max", "refit": False, "descent": 0})
     return solve(weight.float(), identity, plain)
 
 
 def sweep(
     target: Float[Tensor, "columns out"],
-    upper: Float[Tensor, "columns columns"],
+    factor: Factor,
+    lower: Float[Tensor, "columns columns"],
     group_of: Int[Tensor, " columns"],
     fitted: grid.Grid,
     fit: QuantizeConfig | None,
     importance: Float[Tensor, " columns"],
     timed: Timed = untimed,
-) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"]]:
-    """Codes (in, out) of a target in processing order, and (w - q)R, whose squares sum up to the loss.
+) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"], Float[Tensor, " out"]]:
+    """Codes of a target, the errors (w - q)L by the rows of L, and the sum of their squares, which is the loss.
 
-    `group_of` gives the group of each position. With `fit`, each group is a run of positions and its row of `fitted` is filled
-    when the sweep reaches it, `importance` (diag(H) by position) weighing its columns; without, `fitted` is complete and groups
-    may be interleaved.
+    Columns of target, codes, `group_of` and `importance` stand in their original order. lower: the factor's, in the dtype of the tall
+    products, which is also that of the errors. With `fit`, each group is a run of the processing order and its row of `fitted` is
+    filled when the sweep reaches it; without, `fitted` is complete and groups may be interleaved.
     """
     columns, out = target.shape
     run = columns // fitted.scales.shape[0] if fit else COLUMN_BLOCK
     codes = torch.empty(columns, out, dtype=torch.uint8, device=target.device)
-    delta = torch.empty_like(target)
-    errors = torch.empty_like(target)
+    delta, errors = (torch.empty(columns, out, dtype=lower.dtype, device=target.device) for _ in range(2))
+    loss = target.new_zeros(out)
     block = _block_size(columns, run)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
-        triangle = upper[begin:end, begin:end]
-        now = target[begin:end].clone()
+        here, rows = factor.order[begin:end], slice(columns - end, columns - begin)  # of the columns, of L
+        triangle = factor.lower[rows, rows].flip(0, 1)  # R_bb
+        group, weights = group_of[here], target[here]
+        now = weights.clone()
         if begin:
-            carried = upper[:begin, begin:end].T @ delta[:begin]
+            carried = (lower[rows.stop :, rows].T @ delta[rows.stop :]).to(now.dtype).flip(0)
             now += torch.linalg.solve_triangular(triangle.T, carried, upper=False)
         feedback = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=now.dtype, device=now.device), upper=True)
         feedback = feedback / feedback.diagonal().unsqueeze(1)
+        found = torch.empty(end - begin, out, dtype=torch.uint8, device=target.device)
         for start in range(0, end - begin, run):
-            stop = min(start + run, end - begin)
-            part = slice(begin + start, begin + stop)
+            part = slice(start, min(start + run, end - begin))
             if fit:
-                g = group_of[begin + start]
+                g = group[start]
                 with timed("scales"):
-                    fitted.scales[g], fitted.zeros[g] = (t[0] for t in grid.fit(now[None, start:stop], importance[None, part], fit))
-            own = feedback[start:stop, start:stop]
-            codes[part] = round_columns(now[start:stop], own, fitted.scales, fitted.zeros, group_of[part], fitted.max_code)
-            if stop < end - begin:
-                now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
-        group = group_of[begin:end]
-        rounded = codes[begin:end].to(now.dtype).sub_(fitted.zeros[group]).mul_(fitted.scales[group])
-        torch.sub(target[begin:end], rounded, out=delta[begin:end])
-        torch.mul(now, triangle.diagonal().unsqueeze(1), out=errors[begin:end])
-    return codes, errors
+                    fitted.scales[g], fitted.zeros[g] = (t[0] for t in grid.fit(now[None, part], importance[None, here[part]], fit))
+            found[part] = round_columns(now[part], feedback[part, part], fitted.scales, fitted.zeros, group[part], fitted.max_code)
+            if part.stop < end - begin:
+                now[part.stop :].addmm_(feedback[part, part.stop :].T, now[part], alpha=-1)
+        codes[here] = found
+        rounded = found.to(now.dtype).sub_(fitted.zeros[group]).mul_(fitted.scales[group])
+        delta[rows] = weights.sub_(rounded).flip(0).to(lower.dtype)
+        now *= triangle.diagonal().unsqueeze(1)
+        loss += now.square().sum(0)
+        errors[rows] = now.flip(0).to(lower.dtype)
+    return codes, errors, loss
 
 
 def relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float | None:
@@ -180,7 +217,7 @@ def relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float
     if factor is None:
         return None
     rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // POWER_ROWS), device=weight.device)
-    power = (weight[rows][:, factor.order] @ factor.upper).square().sum()
+    power = (weight[rows][:, factor.backwards].to(factor.lower.dtype) @ factor.lower).square().sum()
     return float(loss[rows].double().sum() / power.double())
 
 

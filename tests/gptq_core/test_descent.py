@@ -25,12 +25,14 @@ def solved(weight, hessian, **fields):
 
 
 def test_the_slope_comes_out_of_the_sweep():
-    """(q - w)(H + λI) from R and z = (w - q)R, without q, w or H."""
+    """(q - w)(H + λI) from L and z = (w - q)L, without q, w or H."""
     weight, hessian = problem(300)
-    upper = factorize(hessian.double(), QuantizeConfig(bits=4, group_size=-1), "layer", 600).upper
+    hessian = (hessian + hessian.T).double() / 2
+    factor = factorize(hessian, QuantizeConfig(bits=4, group_size=-1), "layer", 600)
     error = torch.randn(300, 7, dtype=torch.float64)
-    slope = slope_after_sweep(upper, upper.T @ error)
-    torch.testing.assert_close(slope, -(upper @ upper.T) @ error)
+    slope = slope_after_sweep(factor.lower, factor.lower.T @ error[factor.backwards], factor.backwards)
+    damped = hessian + factor.damp * torch.eye(300, dtype=torch.float64)
+    torch.testing.assert_close(slope, -damped @ error)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -6,14 +6,14 @@ from gptq_core.errors import FactorizationError
 from gptq_core.factor import column_order, factorize
 
 
-def test_factor_is_upper_and_multiplies_back():
+def test_factor_is_lower_and_multiplies_back():
     x = torch.randn(200, 64, dtype=torch.float64)
     hessian = x.T @ x / 200
     config = QuantizeConfig(bits=4, desc_act=True, damp_percent=0.03)
     factor = factorize(hessian, config, "layer", 600)
-    assert torch.equal(factor.upper, factor.upper.triu())
+    assert torch.equal(factor.lower, factor.lower.tril())
     damped = hessian + 0.03 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    torch.testing.assert_close(factor.upper @ factor.upper.T, damped[factor.order][:, factor.order])
+    torch.testing.assert_close(factor.lower @ factor.lower.T, damped[factor.backwards][:, factor.backwards])
     assert (factor.damp_percent, factor.failed_attempts) == (0.03, 0)
 
 
