@@ -8,6 +8,7 @@ leaving most of a model in silence as it was would look like success.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,26 @@ def choose_device(device: str | int | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on the CPU and the checkpoint's own dtype on a GPU."""
+    """The dtype of the forward. `auto` is the checkpoint's own on a GPU, and on a CPU that multiplies in bfloat16 for a checkpoint of
+    that dtype; else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
+    stored = config.dtype or torch.bfloat16
+    if device.type != "cpu":
+        return stored
+    return stored if stored == torch.bfloat16 and multiplies_in_bfloat16() else torch.float32
+
+
+def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The dtype that a model is judged in: float32 on the CPU, and the checkpoint's own on a GPU."""
     return torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
+
+
+@functools.cache
+def multiplies_in_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16; without them they are slower than in float32."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last as Arm calls it
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -108,7 +108,7 @@ def _descend_span(
                 block = slice(begin, min(begin + BLOCK, start + size))
                 curvature = own[block, block]
                 change = descend_columns(codes[block], slope[block], fitted.scales[g], fitted.zeros[g], fitted.max_code, curvature)
-                gain -= (change * (2 * slope[block] + curvature.diagonal().unsqueeze(1) * change)).sum(0)
+                gain -= torch.addcmul(slope[block], curvature.diagonal().unsqueeze(1), change, value=0.5).mul_(change).sum(0).mul_(2)
                 moved[block] += change
                 slope[block.stop :].addmm_(own[block.stop :, block], change)
                 if not last:

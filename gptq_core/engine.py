@@ -46,6 +46,8 @@ from gptq_core.tuning import tune
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
+PROBE_TOKENS = 16
+"""Of the window that shows which linears receive the same inputs: what a block does, not what it makes of these tokens."""
 
 
 @functools.cache
@@ -200,9 +202,11 @@ class Quantization:
         batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // self.windows.seqlen)
         self._batches = [b.to(self.device) for b in self.windows.tokens.split(batch)]
         with self.timed("forward"):
-            architecture.fill(blocks[0], f"{self.decoder.prefix}.0", self._read, self.device, self.dtype)
-            self._as_tuple = walk.returns_tuple(model.base_model, blocks[0], self._batches[0][:1])
+            architecture.fill(blocks[0], f"{self.decoder.prefix}.0", self._read_block(0).__getitem__, self.device, self.dtype)
+            few = self._batches[0][:1, :PROBE_TOKENS]
+            self._as_tuple = walk.returns_tuple(model.base_model, blocks[0], few)
             architecture.empty(blocks[0])
+            [self._probe], self._probe_calls = walk.capture(model.base_model, blocks, [few], self._as_tuple)
             self._hidden, self._calls = walk.capture(model.base_model, blocks, self._batches, self._as_tuple)
         self._original = list(self._hidden) if self.config.target_shift else []
         self._position = 0
@@ -259,7 +263,7 @@ class Quantization:
             walk.run(block, self._hidden, self._calls[index])
         if self._original:
             with self.timed("read"):
-                architecture.fill(block, path, self._read, self.device, self.dtype)
+                architecture.fill(block, path, self._read_block(index).__getitem__, self.device, self.dtype)
             with self.timed("forward"):
                 walk.run(block, self._original, self._calls[index])
 
@@ -304,7 +308,7 @@ class Quantization:
             return self.output.write_shard(self._file(index), shard, record)
 
     def _groups(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> list[walk.InputGroup]:
-        groups = walk.discover(block, linears, self._hidden[0][:1], self._call(index).cut(1))
+        groups = walk.discover(block, linears, self._probe, self._probe_calls[index][1])
         unreached = set(linears) - {name for group in groups for name in group.names}
         if unreached:
             raise InputError(
@@ -319,7 +323,7 @@ class Quantization:
         writers: frozenset[str] = frozenset()
         if self.config.residual_shift:
             with self.timed("forward"):
-                writers = walk.residual_writers(block, linears, self._hidden[0][:1], self._call(index).cut(1))
+                writers = walk.residual_writers(block, linears, self._probe, self._probe_calls[index][1])
         twin = copy.deepcopy(block)
         inner = architecture.linears_of(twin)
         return walk.Original(twin, {name: inner[name] for name in linears}, self._original, writers)
@@ -390,12 +394,17 @@ class Quantization:
 
     # -- reading and timing -------------------------------------------------------------------------------------------
 
+    def _source_name(self, name: str) -> str:
+        return architecture.source_name(self.decoder.model, name, self.source.__contains__) or name
+
     def _read(self, name: str) -> Tensor:
-        found = architecture.source_name(self.decoder.model, name, self.source.__contains__)
-        return self.source.read(found or name)
+        return self.source.read(self._source_name(name))
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
-        return {name: self._read(name) for name in architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")}
+        names = architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")
+        sources = {name: self._source_name(name) for name in names}
+        found = self.source.read_together(list(dict.fromkeys(sources.values())))
+        return {name: found[source] for name, source in sources.items()}
 
     @property
     def stage_seconds(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ from gptq_core.errors import InputError
 from gptq_core.evaluation import pieces
 from gptq_core.factor import factorize
 from gptq_core.footprint import Footprint, footprints, resident
-from gptq_core.hessian import PANELS, SMALLEST_PANEL, Hessian
+from gptq_core.hessian import Hessian, panels
 from gptq_core.plan import Plan
 
 FLOAT = 4
@@ -272,9 +272,8 @@ class _Costs:
         return 2.0 * self.weights + 2.0 * seqlen * self.hidden * self.found.selection.blocks
 
     def _hessian(self, n: int) -> float:
-        panels = -(-n // max(SMALLEST_PANEL, -(-n // PANELS)))
-        share = (panels + 1) / (2 * panels) + (1 if self.shifted else 0)
-        return 2.0 * self.tokens * n * n * share
+        half = sum((stop - start) * (n - start) for start, stop in panels(n, self.device))
+        return 2.0 * self.tokens * (half + (n * n if self.shifted else 0))
 
     def _factor(self, n: int, rows: int) -> float:
         return n**3 / 3 + (n**3 / 3 + 4.0 * n * n * rows if self.shifted else 0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_core import backends
-from gptq_core.architecture import choose_device, choose_dtype, load_config
+from gptq_core.architecture import choose_device, judging_dtype, load_config
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.errors import CorruptCheckpointError, InputError
@@ -76,7 +76,7 @@ def load_for_evaluation(path: str, device: str = "auto", revision: str | None = 
     if backends.named(backend):
         return load_quantized(folder, device=target, backend=backend)
     config = load_config(folder)
-    dtype = choose_dtype("auto", config, target)
+    dtype = judging_dtype(config, target)
     if getattr(config, "quantization_config", None):
         return to_dense(load_quantized(folder, dtype=dtype, device=target))  # unpacked once, not in every forward
     Checkpoint(folder)  # refuses pickle weights with a reason before transformers would load them

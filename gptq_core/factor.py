@@ -23,6 +23,8 @@ from gptq_core.errors import FactorizationError
 
 AUTO_RANGE = (0.005, 0.9)
 """What `auto` damping stays within."""
+PANEL = 256
+"""Rows of H that are gathered together: few enough to stay in the cache."""
 DAMPING_SCHEDULE = (1.0, 10.0, 100.0)
 """Factors on damp_percent tried in turn when the Cholesky fails."""
 
@@ -83,6 +85,16 @@ def damping(setting: float | str, share: float, columns: int, tokens: int) -> fl
     return min(max(share * columns / tokens, low), high) if setting == "auto" else float(setting)
 
 
+def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
+    """The lower triangle of a symmetric matrix with rows and columns in another order, stored column by column as LAPACK wants it."""
+    n = order.numel()
+    columns = torch.empty_like(hessian)  # row i of it is column i of the result
+    for begin in range(0, n, PANEL):
+        rows = hessian.index_select(0, order[begin : begin + PANEL])
+        torch.index_select(rows, 1, order[begin:], out=columns[begin : begin + PANEL, begin:])
+    return columns.T
+
+
 def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str, tokens: int) -> Factor:
     """Order, damp and factor the Hessian of one input group. `layer` names it in the error; tokens: that went into H.
 
@@ -101,7 +113,7 @@ def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str,
     wanted = damping(config.damp_percent, 0.5, hessian.shape[0], tokens)
     for attempt, factor in enumerate(DAMPING_SCHEDULE):
         damp = wanted * factor
-        lower = hessian.index_select(0, backwards).index_select(1, backwards).T  # symmetric; column by column, as LAPACK wants it
+        lower = _permuted(hessian, backwards)
         lower.diagonal().add_(damp * mean)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:

@@ -25,6 +25,10 @@ def fit(
     return search(weights, importance, config.max_code, None if config.sym else config.smallest_zero)
 
 
+TILE = 512
+"""Outputs that are dequantized together, so that what lies between codes and weights stays small."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Scales and zeros of all groups of one layer, or of stacked layers: each (groups, out), in the sweep's dtype."""
@@ -67,12 +71,10 @@ def dequantize(
 
     Negative entries of g_idx count groups from the end, as some writers do.
     """
-    groups, out = scales.shape
-    size = codes.shape[0] // groups
-    weight = codes.float()
-    if size * groups == codes.shape[0] and torch.equal(g_idx, torch.arange(groups, device=g_idx.device).repeat_interleave(size)):
-        parts, zeros, scales = weight.view(groups, size, out), zeros.float().unsqueeze(1), scales.float().unsqueeze(1)
-    else:
-        parts, zeros, scales = weight, zeros.float()[g_idx.long()], scales.float()[g_idx.long()]
-    parts.sub_(zeros).mul_(scales)
-    return weight.T.to(dtype).contiguous()
+    columns, out = codes.shape
+    group = g_idx.long()
+    weight = torch.empty(out, columns, dtype=dtype, device=codes.device)
+    for outputs in (slice(start, start + TILE) for start in range(0, out, TILE)):
+        centred = codes[:, outputs].float() - zeros[:, outputs].float()[group]
+        weight[outputs] = centred.mul_(scales[:, outputs].float()[group]).T
+    return weight

@@ -2,8 +2,10 @@
 
 Members of an input group receive the same tensor, so they share one H (in, in), accumulated in float32 over the batches as
 they arrive and divided by the token count at the end. H is symmetric: only panels on and below the diagonal are computed,
-with plain GEMMs, and mirrored once when the sum is read. On CUDA, half-precision inputs multiply on the tensor cores with a
-float32 result: a bf16 or fp16 product is exact in float32, so nothing is lost against casting first.
+with plain GEMMs, and mirrored once when the mean is taken. On CUDA, half-precision inputs multiply on the tensor cores with a
+float32 result: a bf16 or fp16 product is exact in float32, so nothing is lost against casting first. On the CPU a bfloat16 product
+comes out rounded to bfloat16, also where its sum is a float32 one inside: along a direction in which large channels move together that
+noise is as large as the damping, so there inputs are cast first.
 """
 
 from __future__ import annotations
@@ -12,10 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PANELS = 4
-"""Column panels of the half product: 4 do 5/8 of the full work and keep every GEMM large."""
-SMALLEST_PANEL = 256
-"""Below this width a panel's GEMM is too small to pay for itself."""
+PANEL = {"cpu": 256, "cuda": 1024}
+"""Width of a column panel of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
 
 
 class Hessian:
@@ -23,12 +23,13 @@ class Hessian:
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        width = max(SMALLEST_PANEL, -(-in_features // PANELS))
-        self._panels = [(start, min(start + width, in_features)) for start in range(0, in_features, width)]
+        self._panels = panels(in_features, self._sum.device)
+        self._mean: Tensor | None = None
         self.tokens = 0
 
     def add(self, inputs: Float[Tensor, "*batch in_features"]) -> None:
         """Add a batch of inputs; every leading axis counts as tokens."""
+        assert self._mean is None, "the mean was taken already"
         x = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x.shape[0]
         if not _on_tensor_cores(x):
@@ -39,11 +40,18 @@ class Hessian:
             _accumulate(target, below, panel)
 
     def mean(self) -> Float[Tensor, "in_features in_features"]:
-        """The symmetric mean (in, in), float32. The sum itself is left as it is."""
-        result = self._sum / max(self.tokens, 1)
-        for start, stop in self._panels:
-            result[start:stop, stop:] = result[stop:, start:stop].T
-        return result
+        """The symmetric mean (in, in), float32. It takes the place of the sum, to which nothing can be added any more."""
+        if self._mean is None:
+            self._mean = self._sum.div_(max(self.tokens, 1))
+            for start, stop in self._panels:
+                self._mean[start:stop, stop:] = self._mean[stop:, start:stop].T
+        return self._mean
+
+
+def panels(in_features: int, device: torch.device) -> list[tuple[int, int]]:
+    """The column panels of a Hessian, first column and the one after the last."""
+    width = PANEL.get(device.type, PANEL["cuda"])
+    return [(start, min(start + width, in_features)) for start in range(0, in_features, width)]
 
 
 class Shift:

@@ -34,7 +34,7 @@ ROWS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 """Outputs that are solved together: on the CPU their targets and errors stay in the cache, and memory does not grow with the layer."""
 LATENT_REACH = 0.49
 """Less than half a step, so that a latent rounds to its code."""
-POWER_ROWS = 256
+POWER_ROWS = 64
 """Rows of a layer on which its output power is measured for the relative error; all of them would cost another sweep."""
 
 
@@ -111,7 +111,7 @@ def _solve_rows(weight: Tensor, factor: Factor, coarse: _Coarse, config: Quantiz
     # a single group is fitted on the target either way, so it needs no block as long as the row
     fit_during_sweep = not config.static_groups and groups > 1
     with timed("scales"):
-        target = weight.to(factor.lower.dtype).T.contiguous()
+        target = torch.empty_like(weight.T, dtype=factor.lower.dtype, memory_format=torch.contiguous_format).copy_(weight.T)
         fitted = grid.Grid(target.new_empty(groups, weight.shape[0]), target.new_empty(groups, weight.shape[0]), config.max_code)
         if not fit_during_sweep:
             fitted = grid.Grid(*grid.fit(target.view(groups, size, -1), importance.view(groups, size), config), config.max_code)

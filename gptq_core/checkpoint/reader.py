@@ -93,10 +93,22 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""
+        file = self._file(name)
+        with self._lock:
+            return self._files[file].get_tensor(name)
+
+    def read_together(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors by name, as stored, on the CPU: through a mapping of the file of their own, so that its pages leave with them."""
+        found: dict[str, Tensor] = {}
+        for file in dict.fromkeys(self._file(name) for name in names):
+            with safe_open(self.folder / file, "pt") as opened:
+                found |= {name: opened.get_tensor(name) for name in names if self._where[name] == file}
+        return found
+
+    def _file(self, name: str) -> str:
         if name not in self._where:
             raise CorruptCheckpointError(f"{self.folder}: no tensor {name!r}; the folder is incomplete or of another architecture")
-        with self._lock:
-            return self._files[self._where[name]].get_tensor(name)
+        return self._where[name]
 
     def header(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype as safetensors spells it, shape), without reading the data."""

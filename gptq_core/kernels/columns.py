@@ -27,16 +27,17 @@ def round_columns(
     """
     block = now.shape[0]
     groups = group.tolist()
-    codes = torch.empty(now.shape, dtype=torch.uint8, device=now.device)
+    rows, scale = now.unbind(), scales.unbind()
+    lowest, highest = (-zeros).unbind(), (max_code - zeros).unbind()
+    centred = torch.empty_like(now)  # code less zero
     for start in range(0, block, SUB_BLOCK):
         stop = min(start + SUB_BLOCK, block)
-        for i in range(start, stop):
-            scale, zero = scales[groups[i]], zeros[groups[i]]
-            code = (now[i] / scale).round_().add_(zero).clamp_(0, max_code)
-            codes[i] = code
-            now[i] -= code.sub_(zero).mul_(scale)
+        for i, g in enumerate(groups[start:stop], start):
+            code = torch.div(rows[i], scale[g], out=centred[i]).round_()
+            torch.clamp(code, lowest[g], highest[g], out=code)
+            rows[i].addcmul_(code, scale[g], value=-1)
             if i + 1 < stop:
-                now[i + 1 : stop].addr_(feedback[i, i + 1 : stop], now[i], alpha=-1)
+                now[i + 1 : stop].addr_(feedback[i, i + 1 : stop], rows[i], alpha=-1)
         if stop < block:
             now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
-    return codes
+    return centred.add_(zeros[group]).to(torch.uint8)

@@ -30,41 +30,46 @@ def search(
 
 def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
     """One group: (columns, out) and (columns,) to two of (out,)."""
-    sym, half = smallest_zero is None, (max_code + 1) // 2
-    weight = importance.unsqueeze(1)
     low, high = weights.amin(0), weights.amax(0)
-    if sym:
-        base, middle = torch.maximum(-low, high) / half, torch.zeros_like(low)
-        signs, shifts = (1.0, -1.0), (0,)
+    if smallest_zero is None:
+        base, signs, shifts = torch.maximum(-low, high) / ((max_code + 1) // 2), (1.0, -1.0), (0,)
+        middle = torch.zeros_like(base)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        base, middle = (high - low) / max_code, (high + low) / 2
-        signs, shifts = (1.0,), (-1, 0, 1)
-    best = torch.full_like(base, torch.inf)
-    chosen, zero_point, share = torch.ones_like(base), torch.zeros_like(base), torch.ones_like(base)
+        base, signs, shifts = (high - low) / max_code, (1.0,), (-1, 0, 1)
+        middle = (high + low) / 2
+    buffer = torch.empty_like(weights)
 
-    def consider(shares: Tensor, sign: Tensor | float, shift: int) -> None:
-        scale = float16_exact(sign * shares * base)
-        if sym:
-            zero = torch.full_like(scale, half)
-        else:
-            # the middle of the range falls on the middle of the codes
+    def least(shares: Tensor, shift: Tensor, *rivals: Tensor) -> tuple[Tensor, ...]:
+        """(error, scale, zero, share) of the best candidate of each output, `rivals` among them; shares (candidates, out)."""
+        scale = float16_exact(shares * base)  # (candidates, out)
+        if smallest_zero is None:
+            zero = torch.full_like(scale, (max_code + 1) // 2)
+        else:  # the middle of the range falls on the middle of the codes
             zero = torch.round(max_code / 2 - middle / scale).add_(shift).clamp_(smallest_zero, max_code)
-        error = (weights / scale).round_().add_(zero).clamp_(0, max_code).sub_(zero).mul_(scale).sub_(weights).square_().mul_(weight).sum(0)
-        better = error < best
-        for kept, new in ((best, error), (chosen, scale), (zero_point, zero), (share, sign * shares)):
-            kept.copy_(torch.where(better, new, kept))
+        lowest, highest = -zero, max_code - zero
+        error = torch.empty_like(scale)
+        for each in range(scale.shape[0]):
+            code = torch.div(weights, scale[each], out=buffer).round_()
+            if smallest_zero is None:
+                code.clamp_(-(max_code + 1) // 2, max_code // 2)  # by numbers: faster than by tensors
+            else:
+                torch.clamp(code, lowest[each], highest[each], out=code)
+            torch.mv(torch.addcmul(weights, code, scale[each], value=-1, out=code).square_().T, importance, out=error[each])
+        every = [error, scale, zero, shares]
+        if rivals:
+            every = [torch.cat([one.unsqueeze(0), others]) for one, others in zip(rivals, every, strict=True)]
+        best = every[0].argmin(0, keepdim=True)  # the first of equals
+        return tuple(values.gather(0, best).squeeze(0) for values in every)
 
-    for step in range(COARSE_STEPS):
-        fraction = SMALLEST_SHARE + (LARGEST_SHARE - SMALLEST_SHARE) * step / (COARSE_STEPS - 1)
-        for sign in signs:
-            for shift in shifts:
-                consider(torch.full_like(base, fraction), sign, shift)
-    around, spacing = share.clone(), (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
-    for step in range(1, FINE_STEPS):
-        for side in (-1, 1):
-            consider(around.abs() + side * spacing * step / FINE_STEPS, around.sign(), 0)
-    return chosen, zero_point
+    spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
+    coarse = [(sign * (SMALLEST_SHARE + step * spacing), shift) for step in range(COARSE_STEPS) for sign in signs for shift in shifts]
+    shares, shift = base.new_tensor(coarse).unsqueeze(2).unbind(1)  # (candidates, 1)
+    found = least(shares.expand(-1, base.numel()), shift)
+    fine = base.new_tensor([side * step / FINE_STEPS * spacing for step in range(1, FINE_STEPS) for side in (-1, 1)]).unsqueeze(1)
+    share = found[3]
+    _, scale, zero, _ = least(share.sign() * (share.abs() + fine), torch.zeros_like(fine), *found)
+    return scale, zero
 
 
 def float16_exact(scale: Tensor) -> Tensor:
