@@ -4,10 +4,11 @@ Layout. Tensors are transposed: a column of the layer is a contiguous row of out
 program owns a tile of TILE outputs and all of its columns, loads and stores run along the outputs, and programs never speak.
 
 Sweep and descent hold a block of up to LARGEST_BLOCK columns x TILE outputs in registers, 32 float32 a thread, and walk the columns
-in order: registers have no index known only at run time, so a column is taken out by a sum under a mask, and its error goes to the
-columns that follow as an outer product. That is twice the arithmetic of a triangle and none of its memory traffic. Everything else
-is loaded where it is needed; the rows of scales and of the feedback are shared by all programs and come from the cache. Blocks that
-are longer are cut by `round_columns`, a GEMM between the parts; for descent they are left to the twin (its caller makes none).
+in order. Registers cannot be indexed by what is known only at run time, so a column is taken out by a sum under a mask, and its error
+goes to the columns that follow as an outer product; also to those already done, which nobody reads again. That is twice the
+arithmetic of a triangle and none of its memory traffic. The rest is loaded where it is needed; rows of scales and of the feedback
+are shared by many programs and come from the cache. Longer blocks, those of dynamic groups of more than LARGEST_BLOCK columns, are
+cut by `round_columns`, with a GEMM between the parts; in descent they are left to the twin, its caller makes none.
 
 The search holds one candidate at a time, its error, and the best so far; the weights of its tile are read again for each candidate,
 from the cache as long as a group of columns x TILE floats fits there. Groups of any length go through in chunks.
@@ -37,8 +38,6 @@ TILE = 32
 """Outputs of a program: a row of float32 is one line of the cache, and 4096 outputs still make 128 programs."""
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
-FAR = tl.constexpr(1024.0)
-"""Beyond any code in either direction: weights are clamped there before they are rounded, which changes no code."""
 TO_WHOLE = tl.constexpr(1.5 * 2**23)
 """Added, it leaves a float32 below 2^22 no bits behind the point."""
 
@@ -52,7 +51,7 @@ def round_columns(
     max_code: int,
 ) -> UInt8[Tensor, "block out"]:
     """columns.round_columns."""
-    assert now.stride(1) == 1, now.stride()  # it is written to
+    assert _is_along_rows(now), now.stride()  # it is written to
     feedback, scales, zeros = map(_along_rows, (feedback, scales, zeros))  # a triangular solve leaves its result transposed
     block, out = now.shape
     codes = torch.empty(block, out, dtype=torch.uint8, device=now.device)
@@ -79,7 +78,7 @@ def descend_columns(
     damped: Float[Tensor, "block block"],
 ) -> Float[Tensor, "block out"]:
     """descent.descend_columns, of at most LARGEST_BLOCK columns."""
-    assert codes.stride(1) == slope.stride(1) == 1, (codes.stride(), slope.stride())  # they are written to
+    assert _is_along_rows(codes) and _is_along_rows(slope), (codes.stride(), slope.stride())  # they are written to
     damped = _along_rows(damped)
     block, out = codes.shape
     change = torch.empty(block, out, device=slope.device)
@@ -112,7 +111,12 @@ def search(
 
 
 def _along_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if _is_along_rows(tensor) else tensor.contiguous()
+
+
+def _is_along_rows(tensor: Tensor) -> bool:
+    """Whether a row is contiguous; the stride of a row of one means nothing, and may be anything."""
+    return tensor.shape[-1] == 1 or tensor.stride(-1) == 1
 
 
 def _rows(columns: int) -> int:
@@ -126,16 +130,15 @@ def _rows(columns: int) -> int:
 @triton.jit
 @no_type_check
 def _whole(x):
-    """Nearest whole number, halves to even, of |x| < 2^22. No compiler may fold the two additions: IEEE sums are not associative, and
-    Triton asks for no fast-math. There is a function for it on the device, but none that the interpreter also has."""
+    """Nearest whole number, halves to even, of |x| < 2^22; of more than that a number as far beyond every code. No compiler may fold the
+    two additions: IEEE sums are not associative, and Triton asks for no fast-math. CUDA's rint is unknown to the interpreter."""
     return (x + TO_WHOLE) - TO_WHOLE
 
 
 @triton.jit
 @no_type_check
 def _code(weight, scale, zero, MAX_CODE: tl.constexpr):
-    steps = tl.minimum(tl.maximum(tl.div_rn(weight, scale), -FAR), FAR)
-    return tl.minimum(tl.maximum(_whole(steps) + zero, 0.0), MAX_CODE * 1.0)
+    return tl.minimum(tl.maximum(_whole(tl.div_rn(weight, scale)) + zero, 0.0), MAX_CODE * 1.0)
 
 
 @triton.jit
@@ -152,7 +155,7 @@ def _round_columns(
         g = tl.load(group + i)
         scale = tl.load(scales + g * scales_stride + outs, mask=inside, other=1.0)
         zero = tl.load(zeros + g * zeros_stride + outs, mask=inside, other=0.0)
-        share = tl.load(feedback + i * feedback_stride + rows, mask=(rows > i) & (rows < block), other=0.0)
+        share = tl.load(feedback + i * feedback_stride + rows, mask=rows < block, other=0.0)
         target = tl.sum(tl.where(rows[:, None] == i, tile, 0.0), 0)
         code = _code(target, scale, zero, MAX_CODE)
         left = target - (code - zero) * scale
@@ -176,7 +179,7 @@ def _descend_columns(
     for i in range(block):
         before = (tl.load(codes + i * codes_stride + outs, mask=inside, other=0).to(tl.float32) - zero) * scale
         bend = tl.load(damped + i * damped_stride + i)
-        share = tl.load(damped + i * damped_stride + rows, mask=(rows > i) & (rows < block), other=0.0)
+        share = tl.load(damped + i * damped_stride + rows, mask=rows < block, other=0.0)
         found = tl.sum(tl.where(rows[:, None] == i, tile, 0.0), 0)
         code = _code(before - found * tl.div_rn(1.0, bend), scale, zero, MAX_CODE)
         moved = (code - zero) * scale - before
@@ -193,9 +196,9 @@ def _search(
     MAX_CODE: tl.constexpr, SYM: tl.constexpr, SMALLEST_ZERO: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr,
     LEAST: tl.constexpr, MOST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    rows, outs = tl.arange(0, CHUNK), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    outs = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = outs < out
-    g = tl.program_id(1).to(tl.int64)  # offsets of a whole weight may pass 2^31
+    rows, g = tl.arange(0, CHUNK).to(tl.int64), tl.program_id(1).to(tl.int64)  # offsets in a whole weight may pass 2^31
     weights += g * group_stride
     importance += g * importance_stride
 

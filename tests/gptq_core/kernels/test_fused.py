@@ -132,6 +132,7 @@ def test_the_search_finds_what_its_twin_finds(bits, length, smallest_zero):
 
 WAYS = {
     "tuned": {},
+    "one output": {"rows": 1},
     "asymmetric": {"sym": False, "bits": 3},
     "searched while swept": {"recipe": "classic", "scale_search": "weighted"},
     "whole rows": {"group_size": -1, "bits": 8},
@@ -141,8 +142,9 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_layer_solved_by_kernels_is_the_layer_solved_without(way, monkeypatch):
-    weight, hessian = problem(144, rows=OUT)
-    config = QuantizeConfig(**{"bits": 4, "group_size": 48, "damp_percent": 0.05} | WAYS[way])
+    fields = {"bits": 4, "group_size": 48, "damp_percent": 0.05, "rows": OUT} | WAYS[way]
+    weight, hessian = problem(144, fields.pop("rows"))
+    config = QuantizeConfig(**fields)
     factor = factorize(hessian, config, "layer", 600)
     plain = solve(weight, factor, config)
     kernels = {name: Mock(wraps=getattr(fused, name)) for name in ("search", "round_columns", "descend_columns")}
