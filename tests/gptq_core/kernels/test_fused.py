@@ -151,7 +151,7 @@ def test_a_layer_solved_by_kernels_is_the_layer_solved_without(way, monkeypatch)
     for name, kernel in kernels.items():
         monkeypatch.setattr(fused, name, kernel)
     monkeypatch.setattr(dispatch, "runs_on", lambda device: True)
-    there = {field: getattr(factor, field).to(DEVICE) for field in ("upper", "order", "damped")}
+    there = {name: value.to(DEVICE) for name, value in vars(factor).items() if isinstance(value, torch.Tensor)}
     solved = solve(weight.to(DEVICE), replace(factor, **there), config)
     assert {name for name, kernel in kernels.items() if not kernel.called} == (set() if config.descent else {"descend_columns"})
     assert (solved.codes.cpu() != plain.codes).double().mean() < 0.01
