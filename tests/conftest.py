@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from browser import MISSING, executable
 from jaxtyping import install_import_hook
 
 # shapes and dtypes of the engine's signatures are checked in every test; before anything imports the engine
 install_import_hook("gptq_core", "beartype.beartype")
 
+# Triton's kernels run on the GPU where there is one, else in its interpreter; it looks when it is first imported, and torch imports it
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
@@ -30,8 +33,6 @@ SYLLABLES = "ba ke lo mi nu sa te vo wi xa ra do fi gu".split()
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For modules whose layers are small: more threads than one only wait for each other."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +55,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder with a random Llama of two blocks and a tokenizer fitted on `corpus`."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -5,6 +5,7 @@ import sys
 
 PROBE = """
 import logging, random, sys
+sys.modules["triton"] = None  # as where it is not installed
 import torch
 
 def state():

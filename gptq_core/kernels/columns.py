@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from gptq_core.kernels import dispatch
+
 SUB_BLOCK = 16
 
 
@@ -25,6 +27,10 @@ def round_columns(
     feedback: upper triangular with a unit diagonal, row i the share of column i's error that each later column takes over.
     group: row of `scales` and `zeros` for each column.
     """
+    if dispatch.takes(now, feedback, scales, zeros, group):
+        from gptq_core.kernels import fused  # only here is Triton imported
+
+        return fused.round_columns(now, feedback, scales, zeros, group, max_code)
     block = now.shape[0]
     groups = group.tolist()
     rows, scale = now.unbind(), scales.unbind()

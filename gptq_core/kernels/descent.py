@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from gptq_core.kernels import dispatch
+
 SUB_BLOCK = 16
 
 
@@ -26,6 +28,10 @@ def descend_columns(
     damped: H + λI of these columns.
     """
     block = codes.shape[0]
+    if block <= dispatch.LARGEST_BLOCK and dispatch.takes(slope, codes, scale, zero, damped):
+        from gptq_core.kernels import fused  # only here is Triton imported
+
+        return fused.descend_columns(codes, slope, scale, zero, max_code, damped)
     inverse = (1 / damped.diagonal()).tolist()
     before = codes.to(slope.dtype).sub_(zero).mul_(scale)
     centred, change = torch.empty_like(before), torch.empty_like(before)  # centred: code less zero

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_core.kernels import dispatch
+
 SMALLEST_SCALE = 2.0**-24
 """Smallest positive float16."""
 COARSE_STEPS, FINE_STEPS = 16, 4
@@ -24,6 +26,10 @@ def search(
     smallest_zero: int | None,
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
     """Scales, exact in float16, and zeros. smallest_zero: None where the zero is fixed in the middle of the codes (symmetric)."""
+    if dispatch.takes(weights, importance):
+        from gptq_core.kernels import fused  # only here is Triton imported
+
+        return fused.search(weights, importance, max_code, smallest_zero)
     found = [_search(w, h, max_code, smallest_zero) for w, h in zip(weights, importance, strict=True)]
     return torch.stack([scales for scales, _ in found]), torch.stack([zeros for _, zeros in found])
 

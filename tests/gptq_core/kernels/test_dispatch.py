@@ -1,0 +1,54 @@
+"""Which tensors the Triton kernels are given."""
+
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+from gptq_core.kernels import descent, dispatch
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """As if Triton ran on every device."""
+    monkeypatch.setattr(dispatch, "runs_on", lambda device: True)
+
+
+def test_float32_is_taken(everywhere):
+    rows = torch.zeros(8, 12)
+    assert dispatch.takes(rows, torch.zeros(8, dtype=torch.uint8), torch.arange(8))
+    assert not dispatch.takes(rows, rows.double())
+    assert not dispatch.takes(rows, rows.bfloat16())
+
+
+def test_the_cpu_keeps_the_twin():
+    assert not dispatch.takes(torch.zeros(8, 12))
+
+
+def test_a_block_longer_than_registers_hold_descends_in_the_twin(everywhere):
+    """On CPU tensors the kernel would fail outside of the interpreter, and inside be slow: the twin is quick and right."""
+    block = dispatch.LARGEST_BLOCK + 1
+    codes, slope = torch.zeros(block, 4, dtype=torch.uint8), torch.randn(block, 4, generator=torch.Generator().manual_seed(0))
+    expected = codes.double(), slope.double()
+    change = descent.descend_columns(codes, slope, torch.ones(4), torch.zeros(4), 15, torch.eye(block))
+    assert torch.equal(change.double(), (expected[0] - expected[1]).round().clamp(0, 15))
+
+
+@pytest.mark.parametrize(("missing", "told"), [
+    ("triton", "pip install triton"), ("compiler", r"does not start \(no gcc\): it wants a C compiler"), ("gpu", "this one has 6.1"),
+])  # fmt: skip
+def test_a_gpu_without_triton_is_told_of_once(missing, told, monkeypatch, caplog):
+    class Driver(types.SimpleNamespace):
+        @property
+        def active(self):
+            raise RuntimeError("no gcc")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1) if missing == "gpu" else (9, 0))
+    monkeypatch.setitem(sys.modules, "triton.runtime", None if missing == "triton" else types.SimpleNamespace(driver=Driver()))
+    dispatch.runs_on.cache_clear()
+    for _ in range(2):
+        assert not dispatch.runs_on(torch.device("cuda", 0))
+    assert len(caplog.messages) == 1 and re.search(told, caplog.text)
+    dispatch.runs_on.cache_clear()
