@@ -6,9 +6,10 @@
 
 gptq_core alone is needed, with what it imports; neither Prefect nor MLflow. The model is written once, every block drawn anew, into memory
 (/dev/shm) where it has room, else where temporary files go: the results say which, since the writing of a checkpoint is in the time. Each
-recipe is a process of its own, timed from its open to the published checkpoint, with what the first use of a GPU costs. The rates of the card
-(bf16 and fp32 products, a copy) and the digest of files are measured before; floors.py has the formulas. --blocks N makes a model of so many
-blocks only: what the whole one would take is then extrapolated, and labelled. Into --out go a dated .json and .md, anew after every recipe.
+recipe is a process of its own, timed from its open to the published checkpoint, with what the first use of a GPU costs. The rates of the
+card (bf16 and fp32 products, a copy) and the digest of files are measured before; floors.py has the formulas. --blocks N makes a model of
+so many blocks only: what the whole one would take is then extrapolated, and labelled. Into --out go a dated .json and .md, anew after every
+recipe.
 """
 
 from __future__ import annotations
