@@ -10,7 +10,8 @@ scales    8 operations a weight and candidate (scale, round, clamp, unscale, sub
 sweep     n² r for the tall products, n B r for the triangular solve and the products inside column blocks of B = 128
 descent   n² r for the first slopes, n² r for the last pass and 2 n² r for every other one, n B r a pass inside the blocks
 pack      codes read once to pack and once to count, packed words written
-read      every shard digested once, as many at a time as there are cores; reading itself is hidden behind the work
+read      every shard digested once, as many at a time as there are cores, or the largest alone where that takes longer; reading itself can
+          be hidden behind the work
 write     every written byte digested once
 
 Nothing is charged for what fills and empties memory between the products: norms, rotations, casts, copies. Tuning has no floor.
@@ -133,7 +134,9 @@ def floors(run: Quantization, rates: Rates) -> dict[str, Floor]:
     if rounds:
         amounts["descent"] = (sum((2 * rounds * n + rounds * COLUMN_BLOCK) * n * rows for n, rows, _ in groups), "float32")
     amounts["pack"] = ((2 + config.bits / 8) * weights, "copy")
-    amounts["read"] = (run.source.bytes(), "digests")
+    shards = [(run.source.folder / file).stat().st_size for file in run.source.shards()]
+    alone = max(shards) / rates.digest > sum(shards) / rates.digests
+    amounts["read"] = (max(shards), "digest") if alone else (sum(shards), "digests")
     files = [size for record in run.output.records if record["kind"] in ("block", "rest") for size in record["files"].values()]
     amounts["write"] = (sum(files), "digest")
     known = rates.products | {"elementwise": rates.elementwise, "copy": rates.copy, "digest": rates.digest, "digests": rates.digests}

@@ -4,12 +4,12 @@
     PYTHONPATH=. python tests/bench/gpu.py --shape 1b --recipes tuned
     PYTHONPATH=. python tests/bench/gpu.py --device cpu --shape tiny --windows 4 --seqlen 64 --quick
 
-gptq_core alone is needed, with what it imports; neither Prefect nor MLflow. The model is written once, every block drawn anew, into memory
+gptq_core alone is needed, with what it imports; neither Prefect nor MLflow. The model is written once, every weight drawn anew, into memory
 (/dev/shm) where it has room, else where temporary files go: the results say which, since the writing of a checkpoint is in the time. Each
-recipe is a process of its own, timed from its open to the published checkpoint, with what the first use of a GPU costs. The rates of the
-card (bf16 and fp32 products, a copy) and the digest of files are measured before; floors.py has the formulas. --blocks N makes a model of
-so many blocks only: what the whole one would take is then extrapolated, and labelled. Into --out go a dated .json and .md, anew after every
-recipe.
+recipe is a process of its own, timed from its open to the published checkpoint. The making of the GPU's context is told apart; what
+libraries load and compile when they are first used is in the time. The rates of the card (bf16 and fp32 products, a copy) and the digest of
+files are measured before; floors.py has the formulas. --blocks N makes a model of so many blocks only: what the whole one would take is then
+extrapolated, and labelled. Into --out go a dated .json and .md, anew after every recipe.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ def one_recipe(model: Path, recipe: str, shape: dict[str, Any], args: argparse.N
     device = architecture.choose_device(args.device)
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, recipe=recipe)
     windows = random_windows(shape, args.windows, args.seqlen)
+    started = time.perf_counter()
+    torch.zeros(1, device=device)
+    context = time.perf_counter() - started
     try:
-        found = quantize(model, config, windows, model.parent / recipe, device=args.device, rates=rates)
+        found = {"context": context} | quantize(model, config, windows, model.parent / recipe, device=args.device, rates=rates)
     finally:
         for path in model.parent.glob(f"{recipe}*"):
             path.unlink() if path.is_file() else shutil.rmtree(path)
@@ -90,6 +93,7 @@ def document(results: dict[str, Any], rates: Rates) -> str:
                  + rates_line(rates))  # fmt: skip
     for recipe, run in runs.items():
         around = ", ".join(f"{part} {run[part]:.1f} s" for part in ("open", "capture", "all_blocks", "assemble")).replace("_", " ")
+        around += f"; before it the context of the device {run['context']:.1f} s" if "gpu" in results["machine"] else ""
         lines += [f"\n## {recipe}", f"\n{around}.\n", table(run["stages"], run["seconds"])]
     return head(results, f"Llama {setting['shape']}") + "\n\n" + "\n".join(lines)
 

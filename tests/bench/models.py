@@ -32,17 +32,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Llama-3-8B, Llama-3.2-1B, and two for the CPU."""
 SPREAD = 0.02
 """Standard deviation of the weights, as transformers initializes them."""
-WRITERS = 4
-"""Shards that are on their way to their files at once."""
+SHARD_BYTES = 5 * 10**9
+"""As large models are given out; a shard is digested by one thread."""
+WRITERS = 2
+"""Shards in memory at once, on their way to their files."""
 
 
 def write_llama(folder: Path, shape: dict[str, Any], device: torch.device) -> int:
-    """A model of a shape in bfloat16, a shard for each block and one for the rest; every weight drawn anew. Its bytes."""
+    """A model of a shape in bfloat16, in shards, every weight drawn anew. Its bytes."""
     config = transformers.LlamaConfig(**shape, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
-    decoder = architecture.find_decoder(architecture.empty_model(config, torch.bfloat16))
-    tied = getattr(decoder.model, "all_tied_weights_keys", {})
-    sizes = {name: tensor.shape for name, tensor in decoder.model.state_dict().items() if name not in tied}
+    model = architecture.empty_model(config, torch.bfloat16)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    sizes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
     draws = torch.Generator(device).manual_seed(0)
 
     def drawn(name: str) -> torch.Tensor:
@@ -50,19 +52,18 @@ def write_llama(folder: Path, shape: dict[str, Any], device: torch.device) -> in
             return torch.ones(sizes[name], dtype=torch.bfloat16)  # norms
         return torch.randn(sizes[name], generator=draws, device=device, dtype=torch.bfloat16).mul_(SPREAD).cpu()
 
-    shards: dict[str, list[str]] = {}
-    count = len(decoder.blocks) + 1
+    parts: list[list[str]] = [[]]
     for name in sizes:
-        inside = name.startswith(f"{decoder.prefix}.")
-        number = int(name.removeprefix(f"{decoder.prefix}.").split(".")[0]) + 1 if inside else count
-        shards.setdefault(f"model-{number:05d}-of-{count:05d}.safetensors", []).append(name)
+        if parts[-1] and 2 * sum(sizes[other].numel() for other in (*parts[-1], name)) > SHARD_BYTES:
+            parts.append([])
+        parts[-1].append(name)
+    shards = {f"model-{number:05d}-of-{len(parts):05d}.safetensors": names for number, names in enumerate(parts, 1)}
     with ThreadPoolExecutor(WRITERS) as pool:
         waiting = []
         for file, names in shards.items():
-            tensors = {name: drawn(name) for name in names}
-            waiting.append(pool.submit(save_file, tensors, folder / file, {"format": "pt"}))
-            if len(waiting) >= WRITERS:
-                waiting.pop(0).result()  # no more in memory than are being written
+            if len(waiting) == WRITERS:
+                waiting.pop(0).result()
+            waiting.append(pool.submit(save_file, {name: drawn(name) for name in names}, folder / file, {"format": "pt"}))
         for written in waiting:
             written.result()
     index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}

@@ -51,24 +51,24 @@ def textbook_factor(hessian: Tensor) -> Tensor:
 def textbook_sweep(weight: Tensor, factor: Tensor, bits: int, group_size: int, block: int = 128) -> tuple[Tensor, Tensor]:
     """Rounded weight and loss of each row of a weight (out, in): Algorithm 1 of Frantar et al. 2022 (arXiv 2210.17323), column by column
     in blocks, symmetric min-max scales on the weights as they are when a group is reached."""
-    left, rounded = weight.clone(), torch.zeros_like(weight)
-    loss = torch.zeros(weight.shape[0])
-    high = 2 ** (bits - 1)
+    left, rounded, losses = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    middle = 2 ** (bits - 1)
     for begin in range(0, weight.shape[1], block):
         end = min(begin + block, weight.shape[1])
-        part, errors, own = left[:, begin:end].clone(), torch.zeros(weight.shape[0], end - begin), factor[begin:end, begin:end]
+        part, own = left[:, begin:end].clone(), factor[begin:end, begin:end]
+        chosen, errors, lost = (torch.zeros_like(part) for _ in range(3))
         for i in range(end - begin):
             if (begin + i) % group_size == 0:
                 group = part[:, i : i + group_size] if group_size <= block else left[:, begin : begin + group_size]
-                scale = (2 * group.abs().amax(1) / (2 * high - 1)).clamp(min=1e-10)
+                scale = (2 * group.abs().amax(1) / (2 * middle - 1)).clamp(min=1e-10)
             column = part[:, i]
-            rounded[:, begin + i] = scale * (torch.round(column / scale) + high).clamp(0, 2 * high - 1).sub(high)
-            error = (column - rounded[:, begin + i]) / own[i, i]
+            chosen[:, i] = scale * (torch.clamp(torch.round(column / scale) + middle, 0, 2 * middle - 1) - middle)
+            error = (column - chosen[:, i]) / own[i, i]
             part[:, i:] -= error.unsqueeze(1) @ own[i, i:].unsqueeze(0)
-            errors[:, i] = error
-            loss += error.square()
+            errors[:, i], lost[:, i] = error, error**2
+        rounded[:, begin:end], losses[:, begin:end] = chosen, lost
         left[:, end:] -= errors @ factor[begin:end, end:]
-    return rounded, loss
+    return rounded, losses.sum(1)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
