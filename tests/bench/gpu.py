@@ -8,7 +8,7 @@ gptq_core alone is needed, with what it imports; neither Prefect nor MLflow. The
 (/dev/shm) where it has room, else where temporary files go: the results say which, since the writing of a checkpoint is in the time. Each
 recipe is a process of its own, timed from its open to the published checkpoint. The making of the GPU's context is told apart; what
 libraries load and compile when they are first used is in the time. The rates of the card (bf16 and fp32 products, a copy) and the digest of
-files are measured before; floors.py has the formulas. --blocks N makes a model of so many blocks only: what the whole one would take is then
+files are measured before; floors.py has the formulas. --blocks N makes a model of so many blocks only: the time of the whole one is then
 extrapolated, and labelled. Into --out go a dated .json and .md, anew after every recipe.
 """
 
