@@ -204,3 +204,12 @@ def test_gpu_bench_runs_on_a_cpu_with_the_engine_alone(tmp_path):
     assert min(run["tokens_a_second"], run["flop_a_second"], run["peak_bytes"]["host"]) > 0
     assert run["extrapolated_seconds"] > run["seconds"] and "EXTRAPOLATED to 2 blocks" in page
     assert {path.name for path in tmp_path.iterdir()} == {"sitecustomize.py", "out"}, "the model and the checkpoints are left behind"
+
+
+def test_fused_kernels(bench, monkeypatch, tmp_path):
+    start(bench("fused_kernels"), monkeypatch, "--device", "cpu", "--rows", "32,64", "--columns", 256, "--times", 1, "--out", tmp_path)
+    results, page = written(tmp_path)
+    assert [own["what"].split(",")[0] for own in results["calls"]] == 2 * ["sweep", "descent", "scales"]
+    assert all(own["kernel"] > 0 and own["twin"] > 0 for own in results["calls"])
+    # here both are the twin
+    assert not results["fused"] and all(own["alike"] == 1 for own in results["calls"]) and "No fused kernel runs" in page
