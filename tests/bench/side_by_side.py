@@ -16,9 +16,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +28,7 @@ import tokenizers
 import torch
 import transformers
 from ablation import windows
+from machine import Others, machine, write
 from safetensors.torch import save_file
 from side_by_side_tables import document, main_table
 
@@ -46,8 +44,6 @@ PEERS: dict[str, tuple[str, list[str]]] = {
     "autoround": ("run_autoround.py", []),
 }
 """Name to adapter and its own arguments."""
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")
-"""Sets that a GEMM is fast or slow by, as /proc/cpuinfo names them."""
 WIDE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32,
         "num_key_value_heads": 8, "max_position_embeddings": 2048, "tie_word_embeddings": False}  # fmt: skip
 
@@ -65,32 +61,6 @@ def make_wide(folder: Path) -> Windows:
     return Windows(torch.randint(3, WIDE["vocab_size"], (8, 512)), "random ids", 8)
 
 
-def machine() -> dict[str, Any]:
-    known = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"^model name\s*:\s*(.+)$", known, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", known, re.MULTILINE)
-    present = set(flags[1].split()) if flags else set()
-    return {
-        "processor": name[1] if name else platform.machine(),
-        "architecture": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "instructions": [name for name in INSTRUCTIONS if name in present],
-        "python": platform.python_version(),
-    }
-
-
-def busy_seconds() -> float:
-    """CPU seconds that all processors have spent on anything since they started (proc(5), stat), waiting excluded."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-
-
-def own_seconds() -> float:
-    """CPU seconds of this process and of those it has waited for."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
 def environment(threads: int, ours: bool) -> dict[str, str]:
     """No hub, no GPU, so many threads. Our sources are those of this checkout, whatever is installed; peers see none of them."""
     found = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -101,17 +71,16 @@ def environment(threads: int, ours: bool) -> dict[str, str]:
 
 def execute(command: list[str], ours: bool, threads: int, cwd: Path, timeout: float) -> dict[str, Any]:
     """One run: what the adapter answered, and the cores that others used meanwhile. RuntimeError: it failed; its last lines were shown."""
-    busy, own, started = busy_seconds(), own_seconds(), time.perf_counter()
+    others, started = Others(), time.perf_counter()
     try:
         done = subprocess.run(command, env=environment(threads, ours), cwd=cwd, timeout=timeout, capture_output=True, text=True)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"stopped after {timeout:.0f} s") from error
-    seconds = time.perf_counter() - started
-    others = max(0.0, busy_seconds() - busy - (own_seconds() - own)) / seconds
+    seconds, busy = time.perf_counter() - started, others.cores
     if done.returncode or not done.stdout.strip().splitlines()[-1:]:
         print(done.stderr[-3000:], file=sys.stderr, flush=True)
         raise RuntimeError(f"failed, exit status {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1]) | {"others": others, "process_seconds": seconds}
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"others": busy, "process_seconds": seconds}
 
 
 class Bench:
@@ -162,11 +131,8 @@ class Bench:
     def write(self) -> None:
         """Both files, after every round: a bench that is stopped leaves what it has."""
         setting = self.results["setting"]
-        date = self.results["date"].replace(":", "")
-        name = f"{date}-{setting['model']}-w{setting['bits']}g{setting['group_size']}-t{setting['threads']}"
-        self.args.out.mkdir(parents=True, exist_ok=True)
-        (self.args.out / f"{name}.json").write_text(json.dumps(self.results, indent=1) + "\n")
-        (self.args.out / f"{name}.md").write_text(document(self.results))
+        name = f"{setting['model']}-w{setting['bits']}g{setting['group_size']}-t{setting['threads']}"
+        write(self.args.out, name, self.results, document(self.results))
 
 
 def peer(text: str) -> tuple[str, str]:

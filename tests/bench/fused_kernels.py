@@ -1,0 +1,113 @@
+"""The fused kernels beside their torch twins on the same device, for column blocks and layers of real models.
+
+    PYTHONPATH=. python tests/bench/fused_kernels.py [--rows 1024,4096,6144,28672] [--columns 4096]
+
+For each number of stacked outputs: one column block of the sweep (128 columns), one of the descent, and the search for all scales of a
+layer of --columns inputs, 4 bits, group 128, symmetric. Milliseconds of the device between the ends of one call, the median of some; how
+often both choose the same, since sums are taken in another order. Where no fused kernel runs, the table says so, and both are the twin.
+Into --out go a dated .json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from machine import Others, begun, head, write
+from torch import Tensor
+
+from gptq_core import architecture
+from gptq_core.kernels import columns, descent, dispatch, scales
+
+HERE = Path(__file__).parent
+BLOCK, MAX_CODE = 128, 15
+Problem = tuple[str, Callable[[], tuple[Tensor, ...]], Callable[..., Any], Callable[[tuple[Tensor, ...], Any], Tensor]]
+"""Name, what makes its arguments anew, the public function, and what of arguments and result is to be compared."""
+
+
+def problems(rows: int, inputs: int, device: torch.device) -> Iterator[Problem]:
+    draws = torch.Generator(device).manual_seed(0)
+    groups = inputs // BLOCK
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draws, device=device)
+
+    now, found = normal(BLOCK, rows), normal(groups, rows).abs().mul_(0.02).add_(0.25)
+    zeros, group = torch.full_like(found, 8.0), torch.randint(groups, (BLOCK,), generator=draws, device=device)
+    seen = normal(4 * BLOCK, BLOCK)
+    damped = seen.T @ seen / len(seen)
+    damped.diagonal().add_(0.1)
+    feedback = torch.linalg.cholesky(damped, upper=True)
+    feedback = (feedback / feedback.diagonal().unsqueeze(1)).contiguous()
+    yield (f"sweep, {BLOCK} × {rows}", lambda: (now.clone(), feedback, found, zeros, group, MAX_CODE), columns.round_columns,
+           lambda _given, codes: codes)  # fmt: skip
+    codes = torch.randint(MAX_CODE + 1, (BLOCK, rows), generator=draws, device=device).to(torch.uint8)
+    slope = damped @ normal(BLOCK, rows).mul_(0.05)
+    yield (f"descent, {BLOCK} × {rows}", lambda: (codes.clone(), slope.clone(), found[0], zeros[0], MAX_CODE, damped),
+           descent.descend_columns, lambda given, _change: given[0])  # fmt: skip
+    weights, importance = normal(groups, BLOCK, rows), normal(groups, BLOCK).square()
+    yield (f"scales, {groups} × {BLOCK} × {rows}", lambda: (weights, importance, MAX_CODE, None), scales.search,
+           lambda _given, result: result[0])  # fmt: skip
+
+
+def once(problem: Problem, device: torch.device) -> tuple[float, Tensor]:
+    """Milliseconds of one call, and what it chose."""
+    _, make, work, chosen = problem
+    given = make()
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = work(*given)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end), chosen(given, result)
+    started = time.perf_counter()
+    result = work(*given)
+    return 1000 * (time.perf_counter() - started), chosen(given, result)
+
+
+def compare(problem: Problem, device: torch.device, times: int) -> dict[str, Any]:
+    """Both in turns; the first of each is discarded: it compiles."""
+    kernel, twin = [], []
+    for _ in range(1 + times):
+        spent, ours = once(problem, device)
+        kernel.append(spent)
+        with mock.patch.object(dispatch, "runs_on", lambda _device: False):
+            spent, theirs = once(problem, device)
+        twin.append(spent)
+    return {"what": problem[0], "kernel": statistics.median(kernel[1:]), "twin": statistics.median(twin[1:]), "first": kernel[0],
+            "alike": float((ours == theirs).double().mean())}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1024,4096,6144,28672", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--columns", type=int, default=4096, help="inputs of the layer, a multiple of 128")
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "fused_kernels")
+    args = parser.parse_args()
+    device = architecture.choose_device(args.device)
+    results, others = begun({"columns": args.columns, "times": args.times}, device), Others()
+    results |= {"fused": dispatch.runs_on(device), "calls": []}
+    for rows in args.rows:
+        results["calls"] += [compare(problem, device, args.times) for problem in problems(rows, args.columns, device)]
+    results["others"] = others.cores
+    lines = ["| one call | kernel, ms | twin, ms | twin over kernel | the same | first call, ms |", "|---" * 6 + "|"]
+    for own in results["calls"]:
+        times = f"{own['kernel']:.3f} | {own['twin']:.3f} | {own['twin'] / own['kernel']:.1f}"
+        lines.append(f"| {own['what']} | {times} | {own['alike']:.4%} | {own['first']:.1f} |")
+    note = "" if results["fused"] else "No fused kernel runs on this device: both columns are the twin.\n\n"
+    text = head(results, "Kernels") + "\n\n" + note + "\n".join(lines)
+    write(args.out, device.type, results, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
