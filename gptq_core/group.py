@@ -14,7 +14,7 @@ from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
 from gptq_core.factor import Factor, damping, factorize
 from gptq_core.hessian import Hessian, Shift
-from gptq_core.stages import Timed
+from gptq_core.stages import Stages
 
 Factorize = Callable[[Tensor, QuantizeConfig, str, int], Factor]
 """`factor.factorize`, or what keeps its results for others that solve on the same Hessian."""
@@ -34,7 +34,7 @@ class Member:
 
 
 def solve_group(
-    members: list[Member], hessian: Hessian, shift: Shift | None, timed: Timed, factorize: Factorize = factorize
+    members: list[Member], hessian: Hessian, shift: Shift | None, timed: Stages, factorize: Factorize = factorize
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
     """(name, solution, report) of every member. `timed` measures the stages factor, shift and the solver's.
 
@@ -51,7 +51,7 @@ def solve_group(
 
 
 def _solve_alike(
-    members: list[Member], hessian: Tensor, shift: Shift | None, tokens: int, timed: Timed, factorize: Factorize
+    members: list[Member], hessian: Tensor, shift: Shift | None, tokens: int, timed: Stages, factorize: Factorize
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
     config = members[0].config
     weights = torch.cat([member.weight for member in members])  # (out of all members, in)

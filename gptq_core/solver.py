@@ -16,6 +16,8 @@ group; therefore sub-blocks never straddle a group. The loss is free: Σ_i (targ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +29,13 @@ from gptq_core.config import QuantizeConfig
 from gptq_core.descent import descend, slope_after_sweep
 from gptq_core.factor import Factor
 from gptq_core.kernels.columns import round_columns
-from gptq_core.stages import Timed, untimed
+from gptq_core.stages import Stages
 
 COLUMN_BLOCK = 128
 ROWS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 """Outputs that are solved together: on the CPU their targets and errors stay in the cache, and memory does not grow with the layer."""
+FEWEST_ROWS = 1024
+"""Outputs that are worth a thread on the CPU: with fewer, most of the time goes into starting operations, one thread after the other."""
 LATENT_REACH = 0.49
 """Less than half a step, so that a latent rounds to its code."""
 POWER_ROWS = 64
@@ -67,7 +71,7 @@ def solve(
     weight: Float[Tensor, "out columns"],
     factor: Factor,
     config: QuantizeConfig,
-    timed: Timed = untimed,
+    timed: Stages | None = None,
     products: torch.dtype | None = None,
 ) -> Solution:
     """Quantize a weight (out, in) against a factored Hessian (in, in). The input is not changed. `timed`: stages scales, sweep, descent.
@@ -75,14 +79,36 @@ def solve(
     Computes in the factor's dtype; `products` is the one of the operands of the tall products, where it is another. in must be
     divisible by group_size (the engine checks this before any work).
     """
+    timed = timed or Stages(weight.device)
     coarse = _Coarse.of(factor, config, products or factor.lower.dtype)
-    rows = ROWS_AT_ONCE.get(weight.device.type, ROWS_AT_ONCE["cuda"])
-    parts = [_solve_rows(part, factor, coarse, config, timed) for part in weight.split(rows)]
+    parts = _in_threads(weight, lambda part, own: _solve_rows(part, factor, coarse, config, own), timed)
     if len(parts) == 1:
         return parts[0]
     codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("codes", "scales", "zeros"))
     latents = torch.cat([part.latents for part in parts], 1) if config.tuning_steps else None
     return Solution(codes, scales, zeros, parts[0].g_idx, torch.cat([part.loss for part in parts]), latents)
+
+
+def _in_threads(weight: Tensor, solve_rows: Callable[[Tensor, Stages], Solution], timed: Stages) -> list[Solution]:
+    """Solutions of the parts of a weight. On the CPU each thread solves parts of its own, with one thread of torch: rows do not depend
+    on each other, and of what is done to a part only the tall products are large enough to be shared by threads."""
+    at_once, threads = ROWS_AT_ONCE.get(weight.device.type, ROWS_AT_ONCE["cuda"]), torch.get_num_threads()
+    threads = min(threads, weight.shape[0] // FEWEST_ROWS)
+    if weight.device.type != "cpu" or threads < 2:
+        return [solve_rows(part, timed) for part in weight.split(at_once)]
+    parts = weight.split(min(at_once, -(-weight.shape[0] // threads)))
+    clocks = [Stages(weight.device) for _ in parts]
+
+    def work(part: Tensor, own: Stages) -> Solution:
+        torch.set_num_threads(1)  # of this thread
+        return solve_rows(part, own)
+
+    before = torch.get_num_threads()
+    try:
+        with timed.shared(clocks), ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, parts, clocks))
+    finally:
+        torch.set_num_threads(before)  # MKL keeps one number for all threads
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,7 @@ class _Coarse:
         return _Coarse(factor.lower.to(dtype), None if hessian is None else hessian.to(dtype), hessian)
 
 
-def _solve_rows(weight: Tensor, factor: Factor, coarse: _Coarse, config: QuantizeConfig, timed: Timed) -> Solution:
+def _solve_rows(weight: Tensor, factor: Factor, coarse: _Coarse, config: QuantizeConfig, timed: Stages) -> Solution:
     """`solve` for some rows of a weight."""
     columns, groups = weight.shape[1], config.groups_of(weight.shape[1])
     size = columns // groups
@@ -168,7 +194,7 @@ def sweep(
     fitted: grid.Grid,
     fit: QuantizeConfig | None,
     importance: Float[Tensor, " columns"],
-    timed: Timed = untimed,
+    timed: Stages | None = None,
 ) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"], Float[Tensor, " out"]]:
     """Codes of a target, the errors (w - q)L by the rows of L, and the sum of their squares, which is the loss.
 
@@ -176,7 +202,7 @@ def sweep(
     products, which is also that of the errors. With `fit`, each group is a run of the processing order and its row of `fitted` is
     filled when the sweep reaches it; without, `fitted` is complete and groups may be interleaved.
     """
-    columns, out = target.shape
+    timed, (columns, out) = timed or Stages(target.device), target.shape
     run = columns // fitted.scales.shape[0] if fit else COLUMN_BLOCK
     codes = torch.empty(columns, out, dtype=torch.uint8, device=target.device)
     delta, errors = (torch.empty(columns, out, dtype=lower.dtype, device=target.device) for _ in range(2))

@@ -9,18 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-
-Timed = Callable[[str], AbstractContextManager[None]]
-"""A stage's name to what measures it."""
-
-
-def untimed(_stage: str) -> AbstractContextManager[None]:
-    """For callers that do not measure."""
-    return nullcontext()
 
 
 class Stages:
@@ -43,6 +35,20 @@ class Stages:
         finally:
             self._charge()
             self._open.pop()
+
+    @contextmanager
+    def shared(self, parts: list[Stages]) -> Iterator[None]:
+        """While other threads work and this one waits for them: the time that passes is theirs, by the shares of their stages."""
+        self._charge()
+        started = time.perf_counter()
+        yield
+        passed, spent = time.perf_counter() - started, defaultdict(float)
+        for part in parts:
+            for stage, seconds in part.seconds.items():
+                spent[stage] += seconds
+        for stage, seconds in spent.items():
+            self.add(stage, seconds * passed / sum(spent.values()))
+        self._since = time.perf_counter()
 
     def add(self, stage: str, seconds: float) -> None:
         """Work of another thread: it ran beside other stages, so that all of them may sum up to more than the time that passed."""

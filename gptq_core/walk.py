@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gptq_core.errors import UnsupportedModelError
 from gptq_core.hessian import Hessian, Shift
-from gptq_core.stages import Timed, untimed
+from gptq_core.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def walk(
     solve: Solve,
     true_sequential: bool,
     original: Original | None = None,
-    timed: Timed = untimed,
+    timed: Stages | None = None,
 ) -> None:
     """Quantize a block and replace `hidden_states` by its outputs; with `original`, its hidden states likewise.
 
@@ -250,6 +250,7 @@ def walk(
     it is called group by group inside one forward of every batch; without, all Hessians come from one pass with the original
     weights, and a second pass computes the outputs. `timed` measures the stages hessian and shift; the rest is the forward.
     """
+    timed = timed or Stages(hidden_states[0].device)
     hessians: dict[int, Hessian] = {}
     shifts: dict[int, Shift] = {}
     solved: set[int] = set()

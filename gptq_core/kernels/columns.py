@@ -36,14 +36,15 @@ def round_columns(
     rows, scale = now.unbind(), scales.unbind()
     lowest, highest = (-zeros).unbind(), (max_code - zeros).unbind()
     centred = torch.empty_like(now)  # code less zero
-    for start in range(0, block, SUB_BLOCK):
-        stop = min(start + SUB_BLOCK, block)
-        for i, g in enumerate(groups[start:stop], start):
-            code = torch.div(rows[i], scale[g], out=centred[i]).round_()
-            torch.clamp(code, lowest[g], highest[g], out=code)
-            rows[i].addcmul_(code, scale[g], value=-1)
-            if i + 1 < stop:
-                now[i + 1 : stop].addr_(feedback[i, i + 1 : stop], rows[i], alpha=-1)
-        if stop < block:
-            now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
+    with dispatch.small_operations:
+        for start in range(0, block, SUB_BLOCK):
+            stop = min(start + SUB_BLOCK, block)
+            for i, g in enumerate(groups[start:stop], start):
+                code = torch.div(rows[i], scale[g], out=centred[i]).round_()
+                torch.clamp(code, lowest[g], highest[g], out=code)
+                rows[i].addcmul_(code, scale[g], value=-1)
+                if i + 1 < stop:
+                    now[i + 1 : stop].addr_(feedback[i, i + 1 : stop], rows[i], alpha=-1)
+            if stop < block:
+                now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
     return centred.add_(zeros[group]).to(torch.uint8)

@@ -36,15 +36,16 @@ def descend_columns(
     before = codes.to(slope.dtype).sub_(zero).mul_(scale)
     centred, change = torch.empty_like(before), torch.empty_like(before)  # centred: code less zero
     lowest, highest = -zero, max_code - zero
-    for start in range(0, block, SUB_BLOCK):
-        stop = min(start + SUB_BLOCK, block)
-        for i in range(start, stop):
-            code = torch.sub(before[i], slope[i], alpha=inverse[i], out=centred[i]).div_(scale).round_()
-            torch.clamp(code, lowest, highest, out=code)
-            moved = torch.mul(code, scale, out=change[i]).sub_(before[i])
-            if i + 1 < stop:
-                slope[i + 1 : stop].addr_(damped[i, i + 1 : stop], moved)
-        if stop < block:
-            slope[stop:].addmm_(damped[stop:, start:stop], change[start:stop])
+    with dispatch.small_operations:
+        for start in range(0, block, SUB_BLOCK):
+            stop = min(start + SUB_BLOCK, block)
+            for i in range(start, stop):
+                code = torch.sub(before[i], slope[i], alpha=inverse[i], out=centred[i]).div_(scale).round_()
+                torch.clamp(code, lowest, highest, out=code)
+                moved = torch.mul(code, scale, out=change[i]).sub_(before[i])
+                if i + 1 < stop:
+                    slope[i + 1 : stop].addr_(damped[i, i + 1 : stop], moved)
+            if stop < block:
+                slope[stop:].addmm_(damped[stop:, start:stop], change[start:stop])
     codes.copy_(centred.add_(zero))
     return change

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import subprocess
+import threading
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 LARGEST_BLOCK = 128
 """Columns that a program of the sweep or of the descent holds at once."""
+small_operations = threading.Lock()
+"""Held by a twin that walks columns: two threads that do so at once would do little but hand Python's own lock to and fro."""
 OLDEST_GPU = (7, 0)
 """Compute capability from which on Triton compiles."""
 

@@ -1,13 +1,12 @@
 """One input group: each member is solved with its own config, together with those of the same config."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 from gptq_core import QuantizeConfig
 from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian
+from gptq_core.stages import Stages
 
 OWN = QuantizeConfig(bits=4, group_size=32)
 
@@ -19,7 +18,7 @@ def hessian():
 
 
 def solved(members):
-    return {name: (s, report) for name, s, report in solve_group(members, hessian(), None, lambda _stage: nullcontext())}
+    return {name: (s, report) for name, s, report in solve_group(members, hessian(), None, Stages(torch.device("cpu")))}
 
 
 @pytest.mark.parametrize(
