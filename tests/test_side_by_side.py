@@ -26,7 +26,7 @@ def results():
         "engines": ["ours: tuned", "gptqmodel", "optimum"],
         "ours": "ours: tuned",
         "machine": {"processor": "Some CPU", "architecture": "x86_64", "cores": 2, "memory_bytes": 2**34, "instructions": ["avx2"]},
-        "setting": {"model": "tiny", "bits": 4, "group_size": 128, "threads": 1, "dtype": "float32", "windows": 8, "seqlen": 32,
+        "setting": {"model": "tiny", "bits": 4, "group_size": 128, "threads": 1, "dtype": "float32", "own_dtype": "auto", "windows": 8, "seqlen": 32,
                     "calibration": "random ids", "rounds": 3, "warmup": 1},
         "heldout": 992,
         "versions": {"ours: tuned": {"torch": "2.13.0"}, "gptqmodel": {"torch": "2.12.0"}},

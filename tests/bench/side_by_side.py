@@ -6,7 +6,7 @@
 MODEL is any local folder; TEXT is a file (.txt, .jsonl, .parquet), or FILE.safetensors:NAME for a row of token ids. --wide needs
 neither: it makes a Llama of hidden size 2048 with random weights, for time and memory alone. A peer is named (gptqmodel, optimum,
 optimum-block, llmcompressor, autoround) with the Python that has it; nothing is installed here. All get the same tokens, bits, group
-size, threads and dtype, each run in a process of its own, in rounds, so that what slows the machine down hits all of them.
+size and threads, the peers in --dtype and ours in --own-dtype (auto: as each one chooses), each run in a process of its own, in rounds, so that what slows the machine down hits all of them.
 The first round is discarded: GPTQModel compiles kernels in it. Into --out go a dated .json with every run and a .md with medians.
 """
 
@@ -36,6 +36,7 @@ from gptq_core import Windows, evaluate_pair
 from gptq_core.config import RECIPES
 
 HERE = Path(__file__).parent
+OURS = "run_ours.py"
 PEERS: dict[str, tuple[str, list[str]]] = {
     "gptqmodel": ("run_gptqmodel.py", []),
     "optimum": ("run_optimum.py", []),
@@ -89,13 +90,14 @@ class Bench:
     def __init__(self, args: argparse.Namespace, model: Path, calibration: Windows, heldout: Windows | None, folder: Path) -> None:
         self.args, self.model, self.heldout, self.folder = args, model, heldout, folder
         save_file({"tokens": calibration.tokens.contiguous()}, folder / "tokens.safetensors")
-        self.commands = {f"ours: {recipe}": self._command(sys.executable, "run_ours.py", ["--recipe", recipe]) for recipe in args.recipes}
+        self.commands = {f"ours: {recipe}": self._command(sys.executable, OURS, ["--recipe", recipe]) for recipe in args.recipes}
         self.commands |= {name: self._command(python, *PEERS[name]) for name, python in args.peer}
         ours = f"ours: {'tuned' if 'tuned' in args.recipes else args.recipes[0]}"
         self.results: dict[str, Any] = {
             "date": datetime.datetime.now().isoformat(timespec="minutes"), "machine": machine(), "ours": ours,
             "setting": {
                 "model": model.name, "bits": args.bits, "group_size": args.group_size, "threads": args.threads, "dtype": args.dtype,
+                "own_dtype": args.own_dtype,
                 "windows": calibration.count, "seqlen": calibration.seqlen, "calibration": calibration.source,
                 "tokens_sha256": calibration.digest, "rounds": args.rounds, "warmup": args.warmup,
             },
@@ -104,8 +106,9 @@ class Bench:
         }  # fmt: skip
 
     def _command(self, python: str, script: str, own: list[str]) -> list[str]:
-        settings = ("bits", "group_size", "threads", "dtype")
-        flags = [part for name in settings for part in ("--" + name.replace("_", "-"), str(getattr(self.args, name)))]
+        settings = {name: getattr(self.args, name) for name in ("bits", "group_size", "threads")}
+        settings["dtype"] = self.args.own_dtype if script == OURS else self.args.dtype
+        flags = [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), str(value))]
         return [python, str(HERE / "peers" / script), str(self.model), str(self.folder / "tokens.safetensors"), "out", *flags, *own]
 
     def round(self, index: int) -> None:
@@ -153,7 +156,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "auto"), help="of all; auto: as each one chooses")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "auto"), help="of the peers")
+    parser.add_argument("--own-dtype", default="auto", choices=("float32", "bfloat16", "auto"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1, help="rounds before, discarded")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
