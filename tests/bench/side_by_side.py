@@ -6,7 +6,8 @@
 MODEL is any local folder; TEXT is a file (.txt, .jsonl, .parquet), or FILE.safetensors:NAME for a row of token ids. --wide needs
 neither: it makes a Llama of hidden size 2048 with random weights, for time and memory alone. A peer is named (gptqmodel, optimum,
 optimum-block, llmcompressor, autoround) with the Python that has it; nothing is installed here. All get the same tokens, bits, group
-size and threads, the peers in --dtype and ours in --own-dtype (auto: as each one chooses), each run in a process of its own, in rounds, so that what slows the machine down hits all of them.
+size and threads; peers run in --dtype and ours in --own-dtype (auto: as each one chooses), each in a process of its own, in rounds,
+so that what slows the machine down hits all of them.
 The first round is discarded: GPTQModel compiles kernels in it. Into --out go a dated .json with every run and a .md with medians.
 """
 

@@ -98,7 +98,8 @@ def head(results: dict[str, Any]) -> str:
         f"# {setting['model']}, {setting['bits']} bits, group {setting['group_size']}, {setting['threads']} "
         f"thread{'s' * (setting['threads'] > 1)}", "",
         f"{results['date']}. {setting['windows']} × {setting['seqlen']} calibration tokens ({setting['calibration']}), symmetric, "
-        f"dtype {setting['own_dtype']} for ours and {setting['dtype']} for peers; medians of {rounds} rounds, {setting['warmup']} before them discarded; ratios to "
+        f"dtype {setting['own_dtype']} for ours and {setting['dtype']} for peers; medians of {rounds} rounds, "
+        f"{setting['warmup']} before them discarded; ratios to "
         f"{results['ours']} of the same round.", "",
         f"{machine['processor']}, {machine['cores']} cores, {memory:.0f} GiB; {instructions}. {disturbed}", "",
         f"{', '.join(versions)}.",
