@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PANEL = {"cpu": 256, "cuda": 1024}
-"""Width of a column panel of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
+PANELS = 8
+"""Column panels of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
+PANEL_WIDTHS = {"cpu": (128, 256), "cuda": (512, 2048)}
+"""The narrowest and the widest."""
 
 
 class Hessian:
@@ -50,7 +52,8 @@ class Hessian:
 
 def panels(in_features: int, device: torch.device) -> list[tuple[int, int]]:
     """The column panels of a Hessian, first column and the one after the last."""
-    width = PANEL.get(device.type, PANEL["cuda"])
+    narrowest, widest = PANEL_WIDTHS.get(device.type, PANEL_WIDTHS["cuda"])
+    width = min(widest, max(narrowest, in_features // PANELS))
     return [(start, min(start + width, in_features)) for start in range(0, in_features, width)]
 
 

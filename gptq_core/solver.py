@@ -3,8 +3,8 @@
 Input: the target weight W (in, out), one column of the layer a contiguous row, and the factor R of factor.py, both in
 processing order. For a column block b..e:
 
-1. T = W[b:e] + solve(R_bbᵀ, R[:b, b:e]ᵀ · δ[:b]) with δ = W - Q of the columns done: one tall GEMM and one small triangular
-   solve. T is the conditional optimum of the block, given everything rounded so far.
+1. T = W[b:e] + R_bb⁻ᵀ · R[:b, b:e]ᵀ · δ[:b] with δ = W - Q of the columns done: one tall GEMM, and a small one with the inverse of
+   the small triangle, which step 2 wants as well. T is the conditional optimum of the block, given everything rounded so far.
 2. Inside, right-looking with U = R_bb⁻¹, rows scaled to a unit diagonal: round a column, push its error on the columns that
    follow. Sub-blocks of at most 16 columns go column by column, a GEMM carries their errors to the rest of the block.
 3. δ[b:e] = W[b:e] - Q[b:e].
@@ -214,11 +214,11 @@ def sweep(
         triangle = factor.lower[rows, rows].flip(0, 1)  # R_bb
         group, weights = group_of[here], target[here]
         now = weights.clone()
+        inverse = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=now.dtype, device=now.device), upper=True)
         if begin:
-            carried = (lower[rows.stop :, rows].T @ delta[rows.stop :]).to(now.dtype).flip(0)
-            now += torch.linalg.solve_triangular(triangle.T, carried, upper=False)
-        feedback = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=now.dtype, device=now.device), upper=True)
-        feedback = feedback / feedback.diagonal().unsqueeze(1)
+            carried = lower[rows.stop :, rows].T @ delta[rows.stop :]
+            now += inverse.flip(0).T.to(lower.dtype) @ carried
+        feedback = inverse / inverse.diagonal().unsqueeze(1)
         found = torch.empty(end - begin, out, dtype=torch.uint8, device=target.device)
         for start in range(0, end - begin, run):
             part = slice(start, min(start + run, end - begin))
