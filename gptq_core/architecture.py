@@ -190,7 +190,7 @@ def fill(module: nn.Module, prefix: str, read: Read, device: torch.device, dtype
 def _placed(tensor: Tensor, expected: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     if tensor.shape != expected.shape:
         raise CorruptCheckpointError(f"{name}: shape {tuple(tensor.shape)} on disk, {tuple(expected.shape)} expected by config.json")
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+    return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)  # where it is pinned
 
 
 def empty(module: nn.Module) -> None:

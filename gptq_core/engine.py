@@ -89,6 +89,8 @@ class Quantization:
         self._position = -1  # the block that self._hidden enters; -1: none, capture comes first
         self._prefetcher = ThreadPoolExecutor(max_workers=1)
         self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
+        # on a GPU a block is written while the next one is quantized; a CPU would only share its time between the two
+        self._writes_beside = device.type == "cuda"
 
     @classmethod
     def open(
@@ -193,6 +195,8 @@ class Quantization:
             raise InputError("quantization.allocate: the widths are not chosen yet; quantize with what "
                              "allocate(model, config, windows).apply(config) returns")  # fmt: skip
         self._position = -1
+        if hasattr(self, "output"):
+            self.output.settle()
         model, blocks = self.decoder.model, self.decoder.blocks
         block_names = set(self.decoder.block_tensor_names())
         outside = [n for n in architecture.tensor_names(model) if n not in block_names]
@@ -215,7 +219,8 @@ class Quantization:
         return {"batches": len(self._batches), "tokens": self.windows.tokens.numel(), "hidden_size": self._hidden[0].shape[-1]}
 
     def quantize_block(self, index: int) -> dict[str, Any]:
-        """Quantize one decoder block and commit it to disk, or replay it if that is already done.
+        """Quantize one decoder block and commit it to disk, or replay it if that is already done. On a GPU the block is on disk when
+        the next one, or `assemble`, comes back; an error in writing it is raised there.
 
         Blocks go in order; after a failure the same call begins again from the first block, replaying what is on disk.
         """
@@ -300,12 +305,15 @@ class Quantization:
             with self.timed("tuning"):
                 solutions, tuning = self._tune(index, block, wanted, solutions, inputs)
         with self.timed("pack"):
-            shard = assembly.packed(tensors, solutions, self.selection)
             for name, solution in solutions.items():
                 reports[name] |= distribution(solution, self.selection.layers[name].config.bits)
-        with self.timed("write"):
-            record = {"kind": "block", "block": index, "layers": list(reports.values())} | ({"tuning": tuning} if tuning else {})
-            return self.output.write_shard(self._file(index), shard, record)
+            shard = assembly.packed(tensors, solutions, self.selection)
+        record = {"kind": "block", "block": index, "layers": list(reports.values())} | ({"tuning": tuning} if tuning else {})
+        if not self._writes_beside:
+            with self.timed("write"):
+                return self.output.write_shard(self._file(index), shard, record)
+        self.output.write_beside(self._file(index), shard, record, lambda seconds: self.timed.add("write", seconds))
+        return record
 
     def _groups(self, index: int, block: nn.Module, linears: dict[str, nn.Linear]) -> list[walk.InputGroup]:
         groups = walk.discover(block, linears, self._probe, self._probe_calls[index][1])
@@ -351,6 +359,11 @@ class Quantization:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
         if self.finished:
             return self.output.records[-1]["summary"] | self._published()
+        self.output.settle()
+        for index in range(self.block_count):
+            if not self.output.block(index):  # its writing failed, which its own call could not tell
+                self.quantize_block(index)
+        self.output.settle()
         with self.timed("write"):
             rest, unused = assembly.outside_blocks(self.decoder, self.source)
             head = self._quantize_head(rest) if self._head else []
@@ -404,6 +417,8 @@ class Quantization:
         names = architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")
         sources = {name: self._source_name(name) for name in names}
         found = self.source.read_together(list(dict.fromkeys(sources.values())))
+        if self.device.type == "cuda":  # from there a copy to the GPU does not keep anyone waiting
+            found = {source: tensor.pin_memory() for source, tensor in found.items()}
         return {name: found[source] for name, source in sources.items()}
 
     @property

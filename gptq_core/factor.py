@@ -12,6 +12,7 @@ schedule; every attempt is recorded and the last failure is an error that names 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -102,11 +103,6 @@ def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str,
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
-    if not mean > 0 or not torch.isfinite(mean):
-        raise FactorizationError(
-            f"{layer}: mean of diag(H) is {float(mean)}, a positive finite number is needed; its calibration inputs are zero or not "
-            "finite: check the model's weights and the calibration text, or load the model in float32 (model.dtype)"
-        )
     order = column_order(diagonal, config)
     backwards = order.flip(0)
     info = torch.empty((), dtype=torch.int32, device=hessian.device)
@@ -116,7 +112,13 @@ def factorize(hessian: Float[Tensor, "n n"], config: QuantizeConfig, layer: str,
         lower = _permuted(hessian, backwards)
         lower.diagonal().add_(damp * mean)
         torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if int(info) == 0:
+        level, failed = torch.stack([mean, info.to(mean.dtype)]).tolist()  # on a GPU the one moment that waits for it
+        if not 0 < level < math.inf:
+            raise FactorizationError(
+                f"{layer}: mean of diag(H) is {level}, a positive finite number is needed; its calibration inputs are zero or not "
+                "finite: check the model's weights and the calibration text, or load the model in float32 (model.dtype)"
+            )
+        if not failed:
             return Factor(lower, order, damp, attempt, hessian, damp * mean)
     tried = ", ".join(f"{wanted * f:g}" for f in DAMPING_SCHEDULE)
     raise FactorizationError(

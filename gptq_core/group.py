@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,27 +72,47 @@ def _solve_alike(
             raise
         factor, fallback = None, str(error)
         solved = solver.round_to_nearest(weights, config)
-    start = 0
-    for member in members:
-        stop = start + member.weight.shape[0]
-        solution = solved.rows(start, stop)
-        if not torch.isfinite(solution.scales).all():
+    parts = [(weight, solved.rows(*span)) for weight, span in zip(weights.split(_rows(members)), _spans(members), strict=True)]
+    for member, (weight, solution), (loss, error, finite) in zip(members, parts, _figures(parts, factor), strict=True):
+        if not finite:
             raise FactorizationError(f"{member.name}: scales are not finite; its weights are not finite or exceed float16")
         report = {
             "name": member.name,
             "bits": config.bits,
             "group_size": config.group_size,
-            "in_features": weights.shape[1],
-            "out_features": stop - start,
-            "loss": float(solution.loss.double().sum()),
-            "relative_error": solver.relative_error(weights[start:stop], solution.loss, factor),
+            "in_features": weight.shape[1],
+            "out_features": weight.shape[0],
+            "loss": loss,
+            "relative_error": error if factor else None,
             "tokens": tokens,
             "damp_percent": factor.damp_percent if factor else None,
             "failed_attempts": factor.failed_attempts if factor else None,
             "fallback": fallback,
         }
         yield member.name, solution, report
-        start = stop
+
+
+def _rows(members: list[Member]) -> list[int]:
+    return [member.weight.shape[0] for member in members]
+
+
+def _spans(members: list[Member]) -> list[tuple[int, int]]:
+    """First row of each member in the stacked ones, and the one after its last."""
+    stops = list(itertools.accumulate(_rows(members)))
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def _figures(parts: list[tuple[Tensor, solver.Solution]], factor: Factor | None) -> list[list[float]]:
+    """[loss, relative error, whether all scales are finite] of each part, fetched from a GPU together."""
+    found = [
+        torch.stack([
+            solution.loss.double().sum(),
+            solver.relative_error(weight, solution.loss, factor) if factor else solution.loss.new_zeros((), dtype=torch.float64),
+            solution.scales.isfinite().all().double(),
+        ])
+        for weight, solution in parts
+    ]  # fmt: skip
+    return torch.stack(found).tolist()
 
 
 def shifted(members: list[Member], weights: Tensor, hessian: Tensor, shift: Shift, tokens: int) -> Tensor:
@@ -103,12 +124,9 @@ def shifted(members: list[Member], weights: Tensor, hessian: Tensor, shift: Shif
     """
     config, weights = members[0].config, weights.float()
     pulled = shift.inputs().T @ weights.T  # (in, out of all members)
-    start = 0
-    for member in members:
-        stop = start + member.weight.shape[0]
+    for member, (start, stop) in zip(members, _spans(members), strict=True):
         if member.writes_residual and config.residual_shift:
             pulled[:, start:stop] += config.residual_shift * shift.residual().T
-        start = stop
     damped = hessian.clone()
     damp = damping(config.shift_damp_percent, 1.0, hessian.shape[0], tokens)
     damped.diagonal().add_(damp * hessian.diagonal().mean())

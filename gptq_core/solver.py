@@ -208,6 +208,7 @@ def sweep(
     delta, errors = (torch.empty(columns, out, dtype=lower.dtype, device=target.device) for _ in range(2))
     loss = target.new_zeros(out)
     block = _block_size(columns, run)
+    fitted_next = iter(group_of[factor.order[::run]].tolist() if fit else [])
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         here, rows = factor.order[begin:end], slice(columns - end, columns - begin)  # of the columns, of L
@@ -223,7 +224,7 @@ def sweep(
         for start in range(0, end - begin, run):
             part = slice(start, min(start + run, end - begin))
             if fit:
-                g = group[start]
+                g = next(fitted_next)
                 with timed("scales"):
                     fitted.scales[g], fitted.zeros[g] = (t[0] for t in grid.fit(now[None, part], importance[None, here[part]], fit))
             found[part] = round_columns(now[part], feedback[part, part], fitted.scales, fitted.zeros, group[part], fitted.max_code)
@@ -238,13 +239,11 @@ def sweep(
     return codes, errors, loss
 
 
-def relative_error(weight: Tensor, loss: Tensor, factor: Factor | None) -> float | None:
-    """Loss over output power, w(H + λI)wᵀ, on evenly spaced rows."""
-    if factor is None:
-        return None
+def relative_error(weight: Float[Tensor, "out columns"], loss: Float[Tensor, " out"], factor: Factor) -> Float[Tensor, ""]:
+    """Loss over output power, w(H + λI)wᵀ, on evenly spaced rows; float64."""
     rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // POWER_ROWS), device=weight.device)
     power = (weight[rows][:, factor.backwards].to(factor.lower.dtype) @ factor.lower).square().sum()
-    return float(loss[rows].double().sum() / power.double())
+    return loss[rows].double().sum() / power.double()
 
 
 def _block_size(columns: int, run: int) -> int:

@@ -12,6 +12,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ class OutputFolder:
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.records: list[dict[str, Any]] = []
+        self._beside = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
         for path in (self.out, self.partial):
             if path.exists() and not path.is_dir():
                 raise InputError(f"output.dir = {str(out)!r}: {path} is a file; choose another folder")
@@ -51,6 +56,8 @@ class OutputFolder:
         self._lock.flush()
 
     def close(self) -> None:
+        """Give the lock back, when all that is being written is written."""
+        self._beside.shutdown()
         self._lock.close()
 
     # -- what is there ------------------------------------------------------------------------------------------------
@@ -128,6 +135,23 @@ class OutputFolder:
         else:
             self._append(record)
         return record
+
+    def write_beside(self, file: str, tensors: dict[str, Tensor], record: dict[str, Any], took: Callable[[float], None]) -> None:
+        """`write_shard` by another thread, one shard at a time; `took` is told its seconds. Raises what the one before failed with."""
+        self.settle()
+
+        def write() -> None:
+            started = time.perf_counter()
+            self.write_shard(file, tensors, record)
+            took(time.perf_counter() - started)
+
+        self._writing = self._beside.submit(write)
+
+    def settle(self) -> None:
+        """Wait for what `write_beside` began. Raises what it failed with, once."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def write_text(self, file: str, text: str) -> None:
         self._commit(file, text.encode())

@@ -223,6 +223,34 @@ def test_a_failure_inside_a_block_can_be_retried(tmp_path, monkeypatch):
     assert whole == retried
 
 
+def test_blocks_that_are_written_beside_the_next_one_are_the_same_and_a_failure_is_made_good(tmp_path, monkeypatch):
+    """The way of a GPU: what goes wrong in writing is told by a later call, and doing that again also writes the block."""
+    model = save_model("llama", tmp_path / "model")
+    quantize(model, tmp_path / "whole" / "out", W4)
+    for failing in (None, 0, 1):
+        out = tmp_path / str(failing) / "out"
+        with Quantization.open(str(model), W4, windows(), out, device="cpu") as run:
+            run._writes_beside = True
+            write, failures = run.output.write_shard, [] if failing is None else [OSError("the disk is full")]
+
+            def once(file, tensors, record, write=write, failures=failures, failing=failing):
+                if record.get("block") == failing and failures:
+                    raise failures.pop()
+                return write(file, tensors, record)
+
+            monkeypatch.setattr(run.output, "write_shard", once)
+            raised = 0
+            for work in (*(lambda i=i: run.quantize_block(i) for i in range(run.block_count)), run.assemble):
+                try:
+                    work()
+                except OSError:
+                    raised += 1
+                    work()
+            assert raised == (failing is not None)
+            assert run.stage_seconds["write"] > 0
+        assert bytes_of(out) == bytes_of(tmp_path / "whole" / "out")
+
+
 def test_unchanged_work_is_not_done_twice_and_other_work_is_not_overwritten(tmp_path):
     model = save_model("llama", tmp_path / "model")
     summary = quantize(model, tmp_path / "out", W4)

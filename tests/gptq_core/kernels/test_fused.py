@@ -94,9 +94,7 @@ def test_the_descent_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, 
 
     slopes = {dtype: slope.to(dtype, copy=True) for dtype in (torch.float32, torch.float64)}
     moved = {dtype: codes.clone() for dtype in slopes}
-    changes = [
-        descent.descend_columns(moved[d], slopes[d], scale.to(d), zero.to(d), 2**bits - 1, damped.to(d)).double() for d in slopes
-    ]
+    changes = [descent.descend_columns(moved[d], slopes[d], scale.to(d), zero.to(d), 2**bits - 1, damped.to(d)).double() for d in slopes]
     assert torch.equal(*changes) and torch.equal(*(s.double() for s in slopes.values()))
     assert block == 1 or (moved[torch.float32] != codes).any()
     (change,), (after, left, *_) = on_device(fused.descend_columns, codes, slope, scale, zero, 2**bits - 1, damped)
