@@ -5,8 +5,9 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
 - capture: what stands before the blocks, one block, hidden states T·h·e, one batch on its way.
 - walk: hidden states T·h·e, once more where targets are shifted (the original's stream) or a block is tuned (its inputs); the block
   dense, and its twin where targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with
-  targets shifted; and with the group of n inputs and o stacked rows what solving it takes: n² float32 for the sum, the mean, H + λI, its
-  permutation and the factor, n·o float32 for the weights, their transposes, errors and slopes. See `_solving`.
+  targets shifted; and with the group of n inputs and o stacked rows what solving it takes: n² float32 for H and for its factor, both once
+  more in the dtype of the tall products, n·o for the weights and their codes, and for the rows that are solved at once float32 targets,
+  errors and slopes. See `_Costs._solving`.
 - tuning: latents, their gradients and Adam's two moments, float32 each, and every tensor of a few windows' forward for the backward.
 - head, where it is quantized: as solving, for the rows of the whole vocabulary.
 - evaluation: both models whole and dense, the logits of a few windows, or positions of one, five times over (two log-probabilities and
@@ -16,9 +17,10 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
 On the CPU all of that is in the process. Source shards are mapped: what was read of them counts as resident, but the system takes
 such pages back when memory runs short, so `mapped_bytes` of `host_bytes` are no need.
 
-Seconds are floating-point operations over the measured rate of a float32 product (of the model's dtype on a GPU), bytes over the
+Seconds are floating-point operations over the measured rate of a product, in the dtype of the forward or in float32, bytes over the
 measured rate of an elementwise operation and of sha256, and columns and weights over the rates of a small layer solved with the run's own
-config. Texts, imports and MLflow are not in it, nor the choice of widths.
+config. They go by the stages of a run's record, with two differences: its scales, sweep and descent are one here, `solve`, and
+`evaluation` is none there. Texts, imports and MLflow are not in it, nor the choice of widths.
 """
 
 from __future__ import annotations
@@ -32,19 +34,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from gptq_core import architecture, solver, tuning
 from gptq_core.allocation import PROBE_TOKENS, PROBED_WIDTHS, units_of
 from gptq_core.config import QuantizeConfig
+from gptq_core.descent import BLOCK
 from gptq_core.engine import TOKENS_PER_FORWARD
 from gptq_core.errors import InputError
 from gptq_core.evaluation import pieces
-from gptq_core.factor import factorize
+from gptq_core.factor import PANEL, factorize
 from gptq_core.footprint import Footprint, footprints, resident
 from gptq_core.hessian import Hessian, panels
 from gptq_core.plan import Plan
 
 FLOAT = 4
+STEP_TENSORS = 7
+"""Float32 tensors of a column block, or of a span of groups, that one step of the sweep or of the descent makes, at most."""
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA's libraries and context take on a GPU before anything is put there; torch's own count leaves them out."""
 
@@ -65,7 +71,9 @@ class Rates:
     """Of this machine, measured."""
 
     product: float
-    """Floating-point operations a second in a matrix product."""
+    """Floating-point operations a second in a matrix product, in the dtype of the forward."""
+    exact: float
+    """The same in float32."""
     elementwise: float
     """Bytes a second, read and written, of an elementwise operation."""
     digest: float
@@ -149,9 +157,18 @@ def _device(device: str) -> tuple[torch.device, bool]:
 
 def _dtype(dtype: str, found: Plan, device: torch.device) -> torch.dtype:
     """As architecture.choose_dtype, for the dtype that the model was stored in."""
+    return architecture.choose_dtype(dtype, _stored(found), device)
+
+
+def _stored(found: Plan) -> PretrainedConfig:
     config = copy.copy(found.decoder.model.config)
     config.dtype = found.dtype
-    return architecture.choose_dtype(dtype, config, device)
+    return config
+
+
+def _products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the operands of the solver's tall products, as group.py has it."""
+    return dtype if dtype == torch.bfloat16 and device.type == "cpu" else torch.float32
 
 
 class _Costs:
@@ -179,7 +196,11 @@ class _Costs:
         self.outside = sum(size for name, size in names.items() if name not in tied) - self.weights
         body = f"{found.decoder.model.base_model_prefix}."
         self.before = sum(size for name, size in names.items() if name.startswith(body)) - self.weights
-        judged_in = _dtype("auto", found, device)
+        self.products = _products(dtype, device)
+        self.chunk = solver.ROWS_AT_ONCE.get(device.type, solver.ROWS_AT_ONCE["cuda"])
+        self.chunks_at_once = torch.get_num_threads() if device.type == "cpu" else 1
+        judged_in = architecture.judging_dtype(_stored(found), device)
+        self.judged_size = judged_in.itemsize
         self.whole_model = (self.weights + self.outside) * judged_in.itemsize
         # transformers maps the shards once more while it converts them
         self.read_again = 0 if found.dtype == judged_in else found.original_bytes
@@ -195,13 +216,15 @@ class _Costs:
         if self.config.tuning_steps:
             found["tuning"] = kept + hidden + self._tuning(hidden)
         if heads := self._heads():
-            found["head"] = kept + max(_solving(n, rows, 0, self.config) for n, rows in heads)
+            outside = self.before * self.dtype.itemsize
+            found["head"] = kept + outside + max(self._solving(n, rows) + self.dtype.itemsize * n * rows for n, rows in heads)
         if self.config.allocate:
             units = len(units_of(self.found.selection))
             probe = max(PROBE_TOKENS, self.texts.seqlen) * self.hidden * self.dtype.itemsize
             found["allocation"] = found["walk"] + units * PROBED_WIDTHS * probe
         windows, positions = pieces(self.vocabulary, self.texts.evaluation_seqlen)
         forward = max(kind.highest for kind in self.kinds) / self.texts.seqlen * windows * self.texts.evaluation_seqlen
+        forward *= max(1.0, self.judged_size / self.dtype.itemsize)
         found["evaluation"] = kept + 2 * self.whole_model + 5 * windows * positions * self.vocabulary * FLOAT + forward
         return {name: int(size) for name, size in found.items()}
 
@@ -210,12 +233,53 @@ class _Costs:
         waiting = resident(kind, self.texts.windows, self.at_once, self.streams, heap=self.device.type == "cpu")
         problems = [(group.in_features, self._rows(group.names)) for group in kind.groups]
         written = 2 * hidden if self.config.residual_shift else 0
-        solving = [_solving(n, rows, self.hidden if self.shifted else 0, self.config) if rows else 0 for n, rows in problems]
+        solving = [self._solving(n, rows, self.hidden if self.shifted else 0) if rows else 0 for n, rows in problems]
         if not self.config.true_sequential:
             sums = sum(n * n * FLOAT * self.streams for n, _ in problems)
             return int(block + hidden + sums + max(solving) + kind.highest * min(self.at_once, self.texts.windows))
         at = [held + size + (written if number else 0) for number, (held, size) in enumerate(zip(waiting.at, solving))]  # noqa: B905
-        return int(block + self.block + max(*at, waiting.highest + written))
+        solved = self.block * (1 + FLOAT * bool(self.config.tuning_steps))  # codes of the block, and latents
+        return int(block + solved + max(*at, waiting.highest + written))
+
+    def _solving(self, n: int, rows: int, residual: int = 0) -> int:
+        """Bytes to solve n inputs and so many stacked rows, H included. residual: hidden size where targets are shifted.
+
+        One after another: the Hessian's sum takes in a batch; the mean, which has its place, is factored beside the stacked weights;
+        targets are shifted, with ΔC, its mean, a damped matrix, its factor and a copy of that; the rows are solved; and the weights
+        are dequantized.
+        """
+        config, square, matrix, size = self.config, FLOAT * n * n, n * rows, self.dtype.itemsize
+        shifts = square + FLOAT * n * residual if residual else 0
+        batch = self.at_once * self.texts.seqlen * n
+        cast = FLOAT * batch if self.device.type == "cpu" and size < FLOAT else 0
+        adding = square + shifts + cast + (batch * size + cast if residual else 0)
+        factoring = 2 * square + shifts + size * matrix + 2 * FLOAT * PANEL * n
+        shifting = 5 * square + shifts + (size + 3 * FLOAT) * matrix if residual else 0
+        descends = bool(config.refit or config.descent)
+        permuted = square if descends and config.desc_act else 0
+        coarse = self.products.itemsize * n * n * (1 + descends) if self.products != torch.float32 else 0
+        beside = size * matrix + (FLOAT * matrix if residual else 0)
+        kept = matrix * (1 + FLOAT * bool(config.tuning_steps)) * (2 if rows > self.chunk else 1)  # the parts are put together
+        flying = self._rows_in_flight(n, min(rows, self.chunk * self.chunks_at_once), descends)
+        sweeping = 2 * square + shifts + permuted + max(coarse, permuted) + beside + kept + flying
+        writing = 2 * square + shifts + beside + (1 + size) * matrix
+        return int(max(adding, factoring, shifting, sweeping, writing))
+
+    def _rows_in_flight(self, n: int, rows: int, descends: bool) -> float:
+        """Bytes of the rows that are solved at once, their codes aside, which stay.
+
+        Of their whole length: the target, δ and the errors during the sweep; the target, errors, slope, what has moved, and under desc_act
+        the codes in another order during the descent; twice the latents' parts. Of a span's, near BLOCK columns or a group: what one
+        step makes. And a group's scales and zeros.
+        """
+        size = n if self.config.group_size == -1 else self.config.group_size
+        span, coarse = min(n, max(BLOCK, size)), self.products.itemsize
+        fitting = n if self.config.static_groups or size == n else span  # min_max looks at all groups at once
+        packed = coarse if self.products != torch.float32 else 0  # oneDNN lays an operand out anew
+        swept = FLOAT + 2 * coarse + packed + FLOAT * max(STEP_TENSORS * span, fitting) / n
+        descended = 2 * FLOAT + 2 * coarse + packed + 1 + STEP_TENSORS * FLOAT * span / n if descends else 0.0
+        latents = 7 * FLOAT + coarse if self.config.tuning_steps else 0.0
+        return n * rows * (max(swept, descended, latents) + 2 * FLOAT / size)
 
     def _rows(self, names: tuple[str, ...]) -> int:
         """Stacked rows of a group's linears that are quantized in the same way, at most."""
@@ -241,28 +305,33 @@ class _Costs:
     # -- seconds ------------------------------------------------------------------------------------------------------
 
     def seconds(self, rates: Rates) -> dict[str, float]:
-        problems = [(g.in_features, self._rows(g.names)) for kind in self.kinds for g in kind.groups]
-        times = self.found.selection.blocks / len(self.kinds)
-        problems = [(n, rows) for n, rows in problems if rows]
-        forwards = self.streams + (not self.config.true_sequential) + bool(self.config.tuning_steps)
+        config, times = self.config, self.found.selection.blocks / len(self.kinds)
+        inside = [(g.in_features, self._rows(g.names)) for kind in self.kinds for g in kind.groups]
+        problems = [(times, n, rows) for n, rows in inside if rows] + [(1, n, rows) for n, rows in self._heads()]
+        forwards = self.streams + (not config.true_sequential) + bool(config.tuning_steps)
         made = sum(kind.made for kind in self.kinds) / len(self.kinds) / self.texts.seqlen * self.found.selection.blocks
         pushed = self._forward(self.texts.seqlen) * self.tokens / rates.product + 2 * made * self.tokens / rates.elementwise
-        hessians = times * sum(self._hessian(n) for n, _ in problems) / rates.product
-        factors = times * sum(self._factor(n, rows) for n, rows in problems) / rates.product
-        solved = times * sum(self._solve(n, rows, rates) for n, rows in problems) + sum(self._solve(*head, rates) for head in self._heads())
+        in_hessians = judging = rates.product if self.device.type == "cuda" else rates.exact
         found = {
             "read": self.found.original_bytes * (1 / rates.digest + 3 / rates.elementwise),
-            "forward and hessian": forwards * pushed + hessians,
-            "solve": factors + solved,
-            "write": self.found.bytes / rates.digest + 40 * sum(n * rows for n, rows in problems) * times / rates.elementwise,
+            "forward": forwards * pushed,
+            "hessian": sum(count * self._hessian(n) for count, n, _ in problems) / in_hessians,
+            "factor": sum(count * n**3 / 3 for count, n, _ in problems) / rates.exact,
+            "solve": sum(count * self._solve(n, rows, rates) for count, n, rows in problems),
+            "pack": sum(count * n * rows for count, n, rows in problems) * 40 / rates.elementwise,
+            "write": self.found.bytes / rates.digest,
         }
-        if steps := self.config.tuning_steps:
+        if self.shifted:
+            sums = sum(2.0 * self.tokens * n * n for n, rows in inside if rows)
+            targets = sum(n**3 / 3 + 4.0 * n * n * rows for n, rows in inside if rows)
+            found["shift"] = times * (sums / in_hessians + targets / rates.exact)
+        if steps := config.tuning_steps:
             tokens = min(tuning.WINDOWS_A_STEP, self.texts.windows) * self.texts.seqlen
             once = 3 * self._forward(self.texts.seqlen) * tokens / rates.product + 6 * made * tokens / rates.elementwise
             found["tuning"] = steps * (once + 40 * FLOAT * self.weights / rates.elementwise)
         if self.judged:
             head = 2 * self.hidden * self.vocabulary
-            each = (self._forward(self.texts.evaluation_seqlen) + head) / rates.product + 2 * made / rates.elementwise
+            each = (self._forward(self.texts.evaluation_seqlen) + head) / judging + 2 * made / rates.elementwise
             logits = 20 * FLOAT * self.vocabulary / rates.elementwise
             found["evaluation"] = self.judged * (2 * each + logits) + 6 * self.whole_model / rates.elementwise
         return found
@@ -272,34 +341,16 @@ class _Costs:
         return 2.0 * self.weights + 2.0 * seqlen * self.hidden * self.found.selection.blocks
 
     def _hessian(self, n: int) -> float:
-        half = sum((stop - start) * (n - start) for start, stop in panels(n, self.device))
-        return 2.0 * self.tokens * (half + (n * n if self.shifted else 0))
-
-    def _factor(self, n: int, rows: int) -> float:
-        return n**3 / 3 + (n**3 / 3 + 4.0 * n * n * rows if self.shifted else 0)
+        return 2.0 * self.tokens * sum((stop - start) * (n - start) for start, stop in panels(n, self.device))
 
     def _solve(self, n: int, rows: int, rates: Rates) -> float:
         """The measured rates hold for PROBED columns; what grows with n² is products alone."""
         passes = max(self.config.descent, 1) if self.config.refit or self.config.descent else 0
-        products = 1 + (1 + passes if passes else 0) + 2 * bool(self.config.tuning_steps)
-        return n * rates.column + n * rows * rates.weight + products * n * rows * max(n - PROBED, 0) / rates.product
-
-
-def _solving(n: int, rows: int, residual: int, config: QuantizeConfig) -> int:
-    """Bytes to solve n inputs and so many stacked rows, the Hessian's sum included. residual: hidden size where targets are shifted.
-
-    Factoring holds the sum, the mean, H + λI, its permutation and the factor. Shifting holds the sum, the mean, H + λI, the factor, ΔC, and
-    another damped matrix and factor of its own. The sweep holds the first four, and of the weights' size: the weights, their targets
-    where shifted, the transposed and the permuted targets, errors of the codes and of the loss, and a code for four bytes; the descent
-    afterwards holds slopes in the place of some, and three tensors as high as a group.
-    """
-    square, matrix = FLOAT * n * n, FLOAT * n * rows
-    span = min(1.0, max(128, n if config.group_size == -1 else config.group_size) / n)
-    extra = square + FLOAT * n * residual if residual else 0
-    factoring = 5 * square + extra + matrix
-    shifting = 6 * square + extra + 3 * matrix if residual else 0
-    sweeping = (6 if config.desc_act else 4) * square + extra + (5.25 + bool(residual) + 3 * span) * matrix
-    return int(max(factoring, shifting, sweeping))
+        tall = 1 + (1 + 1 + 2 * (passes - 1) if passes else 0)  # the sweep; the slope, half of H in the first pass, all of it later
+        beyond = n * rows * max(n - PROBED, 0)
+        coarse = rates.product if self.products == self.dtype else rates.exact
+        latents = 2 * beyond / rates.exact if self.config.tuning_steps else 0
+        return n * rates.column + n * rows * rates.weight + tall * beyond / coarse + latents
 
 
 # -- rates ----------------------------------------------------------------------------------------------------------------
@@ -312,18 +363,23 @@ PROBED_ROWS = (64, 1024)
 def measure(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) -> Rates:
     """The rates of this machine, in about a second."""
     side = 1024 if device.type == "cpu" else 8192
-    square = torch.ones(side, side, device=device, dtype=dtype)
-    product = 2 * side**3 / _least(lambda: square @ square, device)
+
+    def product(kind: torch.dtype) -> float:
+        square = torch.ones(side, side, device=device, dtype=kind)
+        return 2 * side**3 / _least(lambda: square @ square, device)
+
+    exact = product(torch.float32)
+    fast = exact if dtype == torch.float32 else product(dtype)
     line = torch.ones(side, 8192, device=device)
     elementwise = 2 * FLOAT * line.numel() / _least(lambda: line * 1.5, device)
     data = bytes(16 << 20)
     digest = len(data) / _least(lambda: sha256(data).digest(), device)
-    fewer, more = (_least(_probe(config, rows, device), device, times=2) / PROBED for rows in PROBED_ROWS)
+    fewer, more = (_least(_probe(config, rows, device, dtype), device, times=2) / PROBED for rows in PROBED_ROWS)
     weight = max(more - fewer, 0.0) / (PROBED_ROWS[1] - PROBED_ROWS[0])
-    return Rates(product, elementwise, digest, max(fewer - weight * PROBED_ROWS[0], 0.0), weight)
+    return Rates(fast, exact, elementwise, digest, max(fewer - weight * PROBED_ROWS[0], 0.0), weight)
 
 
-def _probe(config: QuantizeConfig, rows: int, device: torch.device) -> Callable[[], Any]:
+def _probe(config: QuantizeConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
     chance = torch.Generator().manual_seed(0)
     inputs, weight = (torch.randn(size, PROBED, generator=chance).to(device) for size in (2 * PROBED, rows))
     hessian = Hessian(PROBED, device)
@@ -331,7 +387,8 @@ def _probe(config: QuantizeConfig, rows: int, device: torch.device) -> Callable[
     fits = config.group_size != -1 and PROBED % config.group_size == 0
     plain = config.model_copy(update={"group_size": config.group_size if fits else -1, "dynamic": None, "allocate": None})
     factor = factorize(hessian.mean(), plain, "probe", inputs.shape[0])
-    return lambda: solver.solve(weight, factor, plain)
+    products = _products(dtype, device)
+    return lambda: solver.solve(weight.to(dtype), factor, plain, products=products)
 
 
 def _least(work: Callable[[], Tensor | Any], device: torch.device, times: int = 3) -> float:
