@@ -223,6 +223,7 @@ class _Costs:
             probe = max(PROBE_TOKENS, self.texts.seqlen) * self.hidden * self.dtype.itemsize
             found["allocation"] = found["walk"] + units * PROBED_WIDTHS * probe
         windows, positions = pieces(self.vocabulary, self.texts.evaluation_seqlen)
+        windows = min(windows, self.texts.evaluation_windows or windows)
         forward = max(kind.highest for kind in self.kinds) / self.texts.seqlen * windows * self.texts.evaluation_seqlen
         forward *= max(1.0, self.judged_size / self.dtype.itemsize)
         found["evaluation"] = kept + 2 * self.whole_model + 5 * windows * positions * self.vocabulary * FLOAT + forward
