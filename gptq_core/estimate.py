@@ -197,9 +197,8 @@ class _Costs:
         body = f"{found.decoder.model.base_model_prefix}."
         self.before = sum(size for name, size in names.items() if name.startswith(body)) - self.weights
         self.products = _products(dtype, device)
-        self.at_once_rows = solver.ROWS_AT_ONCE.get(device.type, solver.ROWS_AT_ONCE["cuda"])
-        if device.type == "cpu":
-            self.at_once_rows *= torch.get_num_threads()
+        self.chunk = solver.ROWS_AT_ONCE.get(device.type, solver.ROWS_AT_ONCE["cuda"])
+        self.chunks_at_once = torch.get_num_threads() if device.type == "cpu" else 1
         judged_in = architecture.judging_dtype(_stored(found), device)
         self.judged_size = judged_in.itemsize
         self.whole_model = (self.weights + self.outside) * judged_in.itemsize
@@ -224,6 +223,7 @@ class _Costs:
             probe = max(PROBE_TOKENS, self.texts.seqlen) * self.hidden * self.dtype.itemsize
             found["allocation"] = found["walk"] + units * PROBED_WIDTHS * probe
         windows, positions = pieces(self.vocabulary, self.texts.evaluation_seqlen)
+        windows = min(windows, self.texts.evaluation_windows or windows)
         forward = max(kind.highest for kind in self.kinds) / self.texts.seqlen * windows * self.texts.evaluation_seqlen
         forward *= max(1.0, self.judged_size / self.dtype.itemsize)
         found["evaluation"] = kept + 2 * self.whole_model + 5 * windows * positions * self.vocabulary * FLOAT + forward
@@ -260,9 +260,9 @@ class _Costs:
         permuted = square if descends and config.desc_act else 0
         coarse = self.products.itemsize * n * n * (1 + descends) if self.products != torch.float32 else 0
         beside = size * matrix + (FLOAT * matrix if residual else 0)
-        flying, parts = min(rows, self.at_once_rows), 1 + (rows > solver.ROWS_AT_ONCE.get(self.device.type, rows))
-        kept = parts * matrix * (1 + FLOAT * bool(config.tuning_steps))
-        sweeping = 2 * square + shifts + permuted + max(coarse, permuted) + beside + kept + self._rows_in_flight(n, flying, descends)
+        kept = matrix * (1 + FLOAT * bool(config.tuning_steps)) * (2 if rows > self.chunk else 1)  # the parts are put together
+        flying = self._rows_in_flight(n, min(rows, self.chunk * self.chunks_at_once), descends)
+        sweeping = 2 * square + shifts + permuted + max(coarse, permuted) + beside + kept + flying
         writing = 2 * square + shifts + beside + (1 + size) * matrix
         return int(max(adding, factoring, shifting, sweeping, writing))
 
@@ -276,8 +276,9 @@ class _Costs:
         size = n if self.config.group_size == -1 else self.config.group_size
         span, coarse = min(n, max(BLOCK, size)), self.products.itemsize
         fitting = n if self.config.static_groups or size == n else span  # min_max looks at all groups at once
-        swept = FLOAT + 2 * coarse + FLOAT * max(STEP_TENSORS * span, fitting) / n
-        descended = 2 * FLOAT + 2 * coarse + 1 + STEP_TENSORS * FLOAT * span / n if descends else 0.0
+        packed = coarse if self.products != torch.float32 else 0  # oneDNN lays an operand out anew
+        swept = FLOAT + 2 * coarse + packed + FLOAT * max(STEP_TENSORS * span, fitting) / n
+        descended = 2 * FLOAT + 2 * coarse + packed + 1 + STEP_TENSORS * FLOAT * span / n if descends else 0.0
         latents = 7 * FLOAT + coarse if self.config.tuning_steps else 0.0
         return n * rows * (max(swept, descended, latents) + 2 * FLOAT / size)
 
@@ -311,8 +312,7 @@ class _Costs:
         forwards = self.streams + (not config.true_sequential) + bool(config.tuning_steps)
         made = sum(kind.made for kind in self.kinds) / len(self.kinds) / self.texts.seqlen * self.found.selection.blocks
         pushed = self._forward(self.texts.seqlen) * self.tokens / rates.product + 2 * made * self.tokens / rates.elementwise
-        on_gpu = self.device.type == "cuda"
-        in_hessians, judging = (rates.product if on_gpu else rates.exact for _ in range(2))  # on the CPU both are float32
+        in_hessians = judging = rates.product if self.device.type == "cuda" else rates.exact
         found = {
             "read": self.found.original_bytes * (1 / rates.digest + 3 / rates.elementwise),
             "forward": forwards * pushed,
@@ -323,9 +323,9 @@ class _Costs:
             "write": self.found.bytes / rates.digest,
         }
         if self.shifted:
-            sums = sum(2.0 * self.tokens * n * n for _, n, _ in problems[: len(problems) - len(self._heads())]) * times / in_hessians
-            solved = sum(n**3 / 3 + 4.0 * n * n * rows for n, rows in inside if rows) * times / rates.exact
-            found["shift"] = sums + solved
+            sums = sum(2.0 * self.tokens * n * n for n, rows in inside if rows)
+            targets = sum(n**3 / 3 + 4.0 * n * n * rows for n, rows in inside if rows)
+            found["shift"] = times * (sums / in_hessians + targets / rates.exact)
         if steps := config.tuning_steps:
             tokens = min(tuning.WINDOWS_A_STEP, self.texts.windows) * self.texts.seqlen
             once = 3 * self._forward(self.texts.seqlen) * tokens / rates.product + 6 * made * tokens / rates.elementwise

@@ -216,12 +216,11 @@ class OriginalStream(Quantization):
 
     _first: dict[str, Tensor] = {}  # the first block's tensors: the capture runs it, and the walk comes back to it
 
-    def capture(self) -> dict[str, Any]:
-        self._first = self._read_block(0)
-        return super().capture()
-
-    def _read(self, name: str) -> Tensor:
-        return self._first[name] if name in self._first else super()._read(name)
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        if index:
+            return super()._read_block(index)
+        self._first = self._first or super()._read_block(0)
+        return self._first
 
     def _fill_outside(self) -> None:
         """Fill what is not in a block."""

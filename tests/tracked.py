@@ -42,7 +42,7 @@ def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str
          "gained": None, "count": 2, "sentence": "worse"},
     ]  # fmt: skip
     record = records.new(config, hashlib.sha256(config.out.name.encode()).hexdigest()) | {
-        "started": "2023-11-14T22:13:10Z", "finished_ms": DAY, "seconds": 3.0, "stage_seconds": {"forward and hessian": 1.0},
+        "started": "2023-11-14T22:13:10Z", "finished_ms": DAY, "seconds": 3.0, "stage_seconds": {"forward": 1.0},
         "peak_memory_bytes": {"host": 5}, "calibration_data": data, "evaluation_data": data | {"digest": "e" * 64, "source": "h.txt"},
         "prefect_flow_run_id": "p", "model_digest": "m" * 64, "device": "cpu",
         "system": {"interval_seconds": 1.0, "times_ms": [DAY - 2000, DAY - 1000],

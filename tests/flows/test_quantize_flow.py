@@ -56,6 +56,8 @@ def test_checkpoint_record_table_mlflow_and_prefect_agree(done, home):
     assert [len(block["layers"]) for block in record["blocks"]] == [7, 7]
     [run] = mlflow_runs(home)
     assert run.info.run_id == record["mlflow"]["run_id"] and run.data.metrics["kl"] == numbers["kl"]
+    for stage in ("read", "forward", "hessian", "factor", "scales", "sweep", "descent", "pack", "write"):
+        assert 0 < record["stage_seconds"][stage] == run.data.metrics[f"seconds/{stage}"]
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(record["prefect_flow_run_id"])
         names = {task.name for task in client.read_task_runs()}

@@ -59,3 +59,17 @@ def test_indefinite_through_the_whole_schedule():
     hessian = torch.diag(torch.tensor([100.0] + [1.0] * 6 + [-90.0]))
     with pytest.raises(FactorizationError, match=r"damp_percent 0\.01, 0\.1, 1"):
         factorize(hessian, QuantizeConfig(bits=4, group_size=-1, damp_percent=0.01), "layer", 600)
+
+
+@pytest.mark.parametrize("damp_percent", [0.03, 1e-9], ids=["at once", "after attempts that fail"])
+def test_the_hessian_is_left_as_it_is(damp_percent):
+    """The factor is made in place, of a permuted copy."""
+    x = torch.randn(40, 300)
+    hessian = x.T @ x / 40  # of rank 40: without damping there is no factor
+    before = hessian.clone()
+    try:
+        factor = factorize(hessian, QuantizeConfig(bits=4, group_size=-1, desc_act=True, damp_percent=damp_percent), "layer", 40)
+        assert factor.hessian is hessian and factor.lower.untyped_storage().data_ptr() != hessian.untyped_storage().data_ptr()
+    except FactorizationError:
+        assert damp_percent < 0.03
+    assert torch.equal(hessian, before)

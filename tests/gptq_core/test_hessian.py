@@ -23,3 +23,14 @@ def test_half_precision_inputs_are_summed_in_float32():
     hessian.add(x)
     expected = x.double().T @ x.double() / 4096
     torch.testing.assert_close(hessian.mean().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_takes_the_place_of_the_sum():
+    hessian = Hessian(300, "cpu")
+    hessian.add(torch.randn(50, 300))
+    mean = hessian.mean()
+    before = mean.clone()
+    assert hessian.mean() is mean and torch.equal(mean, before), "asked for twice it is divided once"
+    with pytest.raises(AssertionError, match="the mean was taken"):
+        hessian.add(torch.randn(50, 300))
+    assert torch.equal(mean, before) and hessian.tokens == 50

@@ -122,3 +122,46 @@ def test_input_is_left_untouched():
     solve(weight, factorize(hessian, config, "layer", 600), config)
     assert torch.equal(weight, kept[0])
     assert torch.equal(hessian, kept[1])
+
+
+# -- rows at once, and products in another dtype ---------------------------------------------------------------------------
+
+
+CHUNKED = [ORDERS["plain"], ORDERS["desc_act"], {}, {"sym": False}, {"group_size": -1}, {"recipe": "max"}]
+
+
+@pytest.mark.parametrize("fields", CHUNKED, ids=str)
+def test_rows_solved_in_chunks_are_those_solved_together(fields, monkeypatch):
+    weight, hessian = problem(256, rows=50)
+    config = QuantizeConfig(**{"bits": 3, "group_size": 64, "damp_percent": 0.05} | fields)
+    factor = factorize(hessian.double(), config, "layer", 600)  # float64: a product's rounding depends on its shape
+    together = solve(weight.double(), factor, config)
+    monkeypatch.setattr("gptq_core.solver.ROWS_AT_ONCE", {"cpu": 16, "cuda": 16})
+    chunked = solve(weight.double(), factor, config)
+    for name in ("codes", "scales", "zeros", "g_idx"):
+        assert torch.equal(getattr(chunked, name), getattr(together, name)), name
+    torch.testing.assert_close(chunked.loss, together.loss)
+    assert (chunked.latents is None) == (together.latents is None) == ("recipe" not in fields or fields["recipe"] != "max")
+    if together.latents is not None:
+        torch.testing.assert_close(chunked.latents, together.latents)
+
+
+@pytest.mark.parametrize("recipe", ["classic", "tuned"])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("columns", [256, 512])
+def test_tall_products_in_bfloat16_cost_next_to_nothing(columns, bits, recipe):
+    """Codes may differ, their loss hardly: by the quadratic form in float64. And the loss that is reported is that of the codes."""
+    weight, hessian = problem(columns, rows=64)
+    config = QuantizeConfig(bits=bits, group_size=64, recipe=recipe, damp_percent=0.05)
+    factor = factorize(hessian, config, "layer", 600)
+    damped = hessian.double() + factor.damp.double() * torch.eye(columns)
+
+    def measured(products):
+        solved = solve(weight, factor, config, products=products)
+        error = (weight - solved.weight(torch.float32)).double()
+        loss = float(((error @ damped) * error).sum())
+        assert float(solved.loss.double().sum()) == pytest.approx(loss, rel=2e-3)
+        return loss
+
+    # without a descent a code that fell to the other side stays there
+    assert measured(torch.bfloat16) == pytest.approx(measured(None), rel=0.005 if recipe == "tuned" else 0.01)

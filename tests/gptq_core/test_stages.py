@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tiny import save_model, windows
 
-from gptq_core import stages
+from gptq_core import Quantization, QuantizeConfig, stages
 from gptq_core.stages import Stages
 
 
@@ -40,3 +41,14 @@ def test_a_stage_that_fails_is_left(clock):
     with timed("write"):
         clock[0] += 3
     assert timed.seconds == {"sweep": 2.0, "write": 3.0}
+
+
+def test_a_run_tells_its_stages_apart(tmp_path):
+    with Quantization.open(str(save_model("llama", tmp_path / "model")), QuantizeConfig(bits=4, group_size=32), windows(),
+                           tmp_path / "out", device="cpu") as run:  # fmt: skip
+        for index in range(run.block_count):
+            run.quantize_block(index)
+        run.assemble()
+        seconds = run.stage_seconds
+    stages = {"read", "forward", "hessian", "factor", "scales", "sweep", "descent", "pack", "write"}
+    assert set(seconds) == stages and all(seconds[stage] > 0 for stage in stages)

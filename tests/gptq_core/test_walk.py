@@ -6,7 +6,7 @@ from tiny import CONFIGS, quantize, save_model, windows
 from torch import nn
 
 from gptq_core import QuantizeConfig, engine, load_quantized, walk
-from gptq_core.architecture import empty_model, find_decoder
+from gptq_core.architecture import empty_model, fill, find_decoder, linears_of
 from gptq_core.engine import Quantization
 from gptq_core.group import solve_group
 
@@ -127,3 +127,19 @@ def test_arguments_that_depend_on_the_tokens_are_refused():
 def test_what_cannot_be_quantized_yet_is_refused_by_name(architecture, reason):
     with pytest.raises(walk.UnsupportedModelError, match=reason):
         find_decoder(empty_model(CONFIGS[architecture](), torch.float32))
+
+
+@pytest.mark.parametrize("architecture", DENSE)
+def test_a_few_tokens_show_the_groups_of_a_full_window(architecture, tmp_path, monkeypatch):
+    """Also where windows are shorter than what the probe would look at."""
+    model, config = save_model(architecture, tmp_path / "model"), QuantizeConfig(bits=4, group_size=32)
+    found = {}
+    for tokens in (8, 10**6):
+        monkeypatch.setattr(engine, "PROBE_TOKENS", tokens)
+        with Quantization.open(str(model), config, windows(seqlen=32), tmp_path / "out", device="cpu") as run:
+            run.capture()
+            block = run.decoder.blocks[1]
+            fill(block, f"{run.decoder.prefix}.1", run._read_block(1).__getitem__, run.device, run.dtype)
+            found[tokens] = run._groups(1, block, linears_of(block))
+            assert run._probe.shape[:2] == (1, min(tokens, 32))
+    assert found[8] == found[10**6] != []
