@@ -1,13 +1,16 @@
 """The column sweep: GPTQ on the transposed weight, blocked.
 
-Input: the target weight W (in, out), one column of the layer a contiguous row, and the factor R of factor.py, both in
-processing order. For a column block b..e:
+W (in, out) is the target weight, one column of the layer a contiguous row, and R the factor of factor.py, both in processing order here;
+in the code W keeps its original order and R is read off L, whose rows run from the last column to the first. For a column block b..e:
 
 1. T = W[b:e] + R_bb⁻ᵀ · R[:b, b:e]ᵀ · δ[:b] with δ = W - Q of the columns done: one tall GEMM, and a small one with the inverse of
    the small triangle, which step 2 wants as well. T is the conditional optimum of the block, given everything rounded so far.
 2. Inside, right-looking with U = R_bb⁻¹, rows scaled to a unit diagonal: round a column, push its error on the columns that
    follow. Sub-blocks of at most 16 columns go column by column, a GEMM carries their errors to the rest of the block.
 3. δ[b:e] = W[b:e] - Q[b:e].
+
+The tall products of step 1 may have bfloat16 operands, with sums in float32: where a code falls otherwise, the target lay near a tie,
+and the loss is that of the codes that were chosen.
 
 Dynamic groups are fitted on T at the moment their first column is reached, when T is the conditional optimum of the whole
 group; therefore sub-blocks never straddle a group. The loss is free: Σ_i (target_i - q_i)² R[i,i]², the quadratic form
