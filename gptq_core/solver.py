@@ -9,7 +9,7 @@ in the code W keeps its original order and R is read off L, whose rows run from 
    follow. Sub-blocks of at most 16 columns go column by column, a GEMM carries their errors to the rest of the block.
 3. δ[b:e] = W[b:e] - Q[b:e].
 
-The tall products of step 1 may have bfloat16 operands, with sums in float32: where a code falls otherwise, the target lay near a tie,
+The tall products of step 1 may have bfloat16 operands and results: where a code falls otherwise, the target lay near a tie,
 and the loss is that of the codes that were chosen.
 
 Dynamic groups are fitted on T at the moment their first column is reached, when T is the conditional optimum of the whole
