@@ -70,10 +70,9 @@ def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> 
     that dtype; else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    stored = config.dtype or torch.bfloat16
-    if device.type != "cpu":
-        return stored
-    return stored if stored == torch.bfloat16 and multiplies_in_bfloat16() else torch.float32
+    if device.type == "cpu" and config.dtype in (torch.bfloat16, None) and multiplies_in_bfloat16():
+        return torch.bfloat16
+    return judging_dtype(config, device)
 
 
 def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -83,8 +82,9 @@ def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype
 
 @functools.cache
 def multiplies_in_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16; without them they are slower than in float32."""
-    known = torch.cpu.get_capabilities()
+    """Whether this processor has instructions for products of bfloat16; without them they are slower than in float32. An older torch,
+    which does not tell, counts as one without."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last as Arm calls it
 
 

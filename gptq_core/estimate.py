@@ -166,11 +166,6 @@ def _stored(found: Plan) -> PretrainedConfig:
     return config
 
 
-def _products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of the operands of the solver's tall products, as group.py has it."""
-    return dtype if dtype == torch.bfloat16 and device.type == "cpu" else torch.float32
-
-
 class _Costs:
     """The formulas. Sizes of a matrix problem are (n inputs, rows)."""
 
@@ -196,7 +191,7 @@ class _Costs:
         self.outside = sum(size for name, size in names.items() if name not in tied) - self.weights
         body = f"{found.decoder.model.base_model_prefix}."
         self.before = sum(size for name, size in names.items() if name.startswith(body)) - self.weights
-        self.products = _products(dtype, device)
+        self.products = solver.products_dtype(dtype, device)
         self.chunk = solver.ROWS_AT_ONCE.get(device.type, solver.ROWS_AT_ONCE["cuda"])
         self.chunks_at_once = torch.get_num_threads() if device.type == "cpu" else 1
         judged_in = architecture.judging_dtype(_stored(found), device)
@@ -367,15 +362,15 @@ def measure(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) ->
 
     def product(kind: torch.dtype) -> float:
         square = torch.ones(side, side, device=device, dtype=kind)
-        return 2 * side**3 / _least(lambda: square @ square, device)
+        return 2 * side**3 / least(lambda: square @ square, device)
 
     exact = product(torch.float32)
     fast = exact if dtype == torch.float32 else product(dtype)
     line = torch.ones(side, 8192, device=device)
-    elementwise = 2 * FLOAT * line.numel() / _least(lambda: line * 1.5, device)
+    elementwise = 2 * FLOAT * line.numel() / least(lambda: line * 1.5, device)
     data = bytes(16 << 20)
-    digest = len(data) / _least(lambda: sha256(data).digest(), device)
-    fewer, more = (_least(_probe(config, rows, device, dtype), device, times=2) / PROBED for rows in PROBED_ROWS)
+    digest = len(data) / least(lambda: sha256(data).digest(), device)
+    fewer, more = (least(_probe(config, rows, device, dtype), device, times=2) / PROBED for rows in PROBED_ROWS)
     weight = max(more - fewer, 0.0) / (PROBED_ROWS[1] - PROBED_ROWS[0])
     return Rates(fast, exact, elementwise, digest, max(fewer - weight * PROBED_ROWS[0], 0.0), weight)
 
@@ -388,11 +383,11 @@ def _probe(config: QuantizeConfig, rows: int, device: torch.device, dtype: torch
     fits = config.group_size != -1 and PROBED % config.group_size == 0
     plain = config.model_copy(update={"group_size": config.group_size if fits else -1, "dynamic": None, "allocate": None})
     factor = factorize(hessian.mean(), plain, "probe", inputs.shape[0])
-    products = _products(dtype, device)
+    products = solver.products_dtype(dtype, device)
     return lambda: solver.solve(weight.to(dtype), factor, plain, products=products)
 
 
-def _least(work: Callable[[], Tensor | Any], device: torch.device, times: int = 3) -> float:
+def least(work: Callable[[], Tensor | Any], device: torch.device, times: int = 3) -> float:
     """Seconds of the quickest of some runs, after one that does not count."""
     found = []
     for _ in range(times + 1):

@@ -55,11 +55,6 @@ def min_max(
     return scale, torch.round(-low / scale).clamp(config.smallest_zero, config.max_code)
 
 
-def quantize(weights: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:
-    """Nearest code of each weight, in the weights' dtype; shapes broadcast."""
-    return torch.round(weights / scales).add_(zeros).clamp_(0, max_code)
-
-
 def dequantize(
     codes: UInt8[Tensor, "columns out"],
     scales: Float[Tensor, "groups out"],

@@ -64,9 +64,7 @@ def _solve_alike(
         if shift is not None:
             with timed("shift"):
                 target = shifted(members, weights, hessian, shift, tokens)
-        # a processor that forwards in bfloat16 multiplies twice as fast in it; a GPU is fast enough in float32
-        coarse = torch.bfloat16 if weights.dtype == torch.bfloat16 and not weights.is_cuda else None
-        solved = solver.solve(target, factor, config, timed, products=coarse)
+        solved = solver.solve(target, factor, config, timed, solver.products_dtype(weights.dtype, weights.device))
     except FactorizationError as error:
         if config.on_failure != "round":
             raise

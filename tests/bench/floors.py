@@ -20,8 +20,6 @@ Nothing is charged for what fills and empties memory between the products: norms
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 
 from gptq_core import Quantization, architecture
+from gptq_core.estimate import least
 from gptq_core.footprint import footprints
 from gptq_core.kernels.scales import COARSE_STEPS, FINE_STEPS
 
@@ -69,18 +68,6 @@ class Floor:
     unit: str
     rate: str
     seconds: float
-
-
-def least(work: Callable[[], Any], device: torch.device, times: int = 3) -> float:
-    """Seconds of the quickest of some runs, after one that does not count."""
-    found = []
-    for _ in range(times + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return min(found[1:])
 
 
 def measure(device: torch.device, dtypes: set[torch.dtype], small: bool = False) -> Rates:

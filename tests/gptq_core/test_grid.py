@@ -18,7 +18,7 @@ def searched(weights, importance, config):
 
 
 def weighted_error(weights, importance, scale, zero, max_code):
-    rounded = (grid.quantize(weights, scale, zero, max_code) - zero) * scale
+    rounded = ((weights / scale).round().add(zero).clamp(0, max_code) - zero) * scale
     return ((weights - rounded).square() * importance.unsqueeze(1)).sum(0)
 
 
