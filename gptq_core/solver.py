@@ -3,8 +3,9 @@
 W (in, out) is the target weight, one column of the layer a contiguous row, and R the factor of factor.py, both in processing order here;
 in the code W keeps its original order and R is read off L, whose rows run from the last column to the first. For a column block b..e:
 
-1. T = W[b:e] + R_bb⁻ᵀ · R[:b, b:e]ᵀ · δ[:b] with δ = W - Q of the columns done: one tall GEMM, and a small one with the inverse of
-   the small triangle, which step 2 wants as well. T is the conditional optimum of the block, given everything rounded so far.
+1. T = W[b:e] + R_bb⁻ᵀ · R[:b, b:e]ᵀ · δ[:b] with δ = W - Q of the columns done: a tall GEMM, shared by a few blocks, one with what was
+   done since, and a small one with the inverse of the small triangle, which step 2 wants as well. T is the conditional optimum of the
+   block, given everything rounded so far.
 2. Inside, right-looking with U = R_bb⁻¹, rows scaled to a unit diagonal: round a column, push its error on the columns that
    follow. Sub-blocks of at most 16 columns go column by column, a GEMM carries their errors to the rest of the block.
 3. δ[b:e] = W[b:e] - Q[b:e].
@@ -31,10 +32,12 @@ from gptq_core import grid
 from gptq_core.config import QuantizeConfig
 from gptq_core.descent import descend, slope_after_sweep
 from gptq_core.factor import Factor
-from gptq_core.kernels.columns import round_columns
+from gptq_core.kernels.columns import round_columns, settle
 from gptq_core.stages import Stages
 
 COLUMN_BLOCK = 128
+TALL_COLUMNS = 256
+"""Columns whose conditional optimum, given all columns before them, comes from one tall product: a wide one is a faster one."""
 ROWS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 """Outputs that are solved together: on the CPU their targets and errors stay in the cache, and memory does not grow with the layer."""
 FEWEST_ROWS = 1024
@@ -83,8 +86,9 @@ def solve(
     divisible by group_size (the engine checks this before any work).
     """
     timed = timed or Stages(weight.device)
-    coarse = _Coarse.of(factor, config, products or factor.lower.dtype)
-    parts = _in_threads(weight, lambda part, own: _solve_rows(part, factor, coarse, config, own), timed)
+    with timed("sweep"):
+        shared = _Shared.of(factor, config, products or factor.lower.dtype)
+    parts = _in_threads(weight, lambda part, own: _solve_rows(part, factor, shared, config, own), timed)
     if len(parts) == 1:
         return parts[0]
     codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("codes", "scales", "zeros"))
@@ -121,9 +125,26 @@ def _in_threads(weight: Tensor, solve_rows: Callable[[Tensor, Stages], Solution]
 
 
 @dataclass(frozen=True)
-class _Coarse:
-    """What all rows of a weight share: the operands of the tall products, in their dtype."""
+class Block:
+    """A column block of the sweep, as all rows of a weight see it."""
 
+    here: Int[Tensor, " block"]
+    """Its columns in the original order."""
+    rows: slice
+    """Of L, which counts backwards."""
+    diagonal: Float[Tensor, " block"]
+    """R[i,i]."""
+    feedback: Float[Tensor, "block block"]
+    """U = R_bb⁻¹, rows scaled to a unit diagonal."""
+    carry: Float[Tensor, "block block"]
+    """R_bb⁻ᵀ for what the tall product leaves in the order of L; in the dtype of the tall products."""
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all rows of a weight share, the operands of the tall products in their dtype."""
+
+    blocks: list[Block]
     lower: Tensor
     hessian: Tensor | None
     """In the order of the descent; None where there is none."""
@@ -131,39 +152,59 @@ class _Coarse:
     """The same, in the factor's dtype."""
 
     @staticmethod
-    def of(factor: Factor, config: QuantizeConfig, dtype: torch.dtype) -> _Coarse:
+    def of(factor: Factor, config: QuantizeConfig, dtype: torch.dtype) -> _Shared:
+        columns = factor.order.numel()
         hessian = factor.hessian if config.refit or config.descent else None
         if hessian is not None and config.desc_act:
             hessian = hessian[factor.order][:, factor.order]
-        return _Coarse(factor.lower.to(dtype), None if hessian is None else hessian.to(dtype), hessian)
+        run = columns // config.groups_of(columns) if _fits_during_sweep(config, columns) else COLUMN_BLOCK
+        coarse = None if hessian is None else hessian.to(dtype)
+        return _Shared(_blocks(factor, _block_size(columns, run), dtype), factor.lower.to(dtype), coarse, hessian)
 
 
-def _solve_rows(weight: Tensor, factor: Factor, coarse: _Coarse, config: QuantizeConfig, timed: Stages) -> Solution:
+def _blocks(factor: Factor, size: int, dtype: torch.dtype) -> list[Block]:
+    columns, found = factor.order.numel(), []
+    for begin in range(0, columns, size):
+        end = min(begin + size, columns)
+        rows = slice(columns - end, columns - begin)
+        triangle = factor.lower[rows, rows].flip(0, 1)  # R_bb
+        inverse = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=triangle.dtype, device=triangle.device), upper=True)
+        feedback = inverse / inverse.diagonal().unsqueeze(1)
+        found.append(Block(factor.order[begin:end], rows, triangle.diagonal(), feedback, inverse.flip(0).T.to(dtype)))
+    return found
+
+
+def _fits_during_sweep(config: QuantizeConfig, columns: int) -> bool:
+    # a single group is fitted on the target either way, so it needs no block as long as the row
+    return not config.static_groups and config.groups_of(columns) > 1
+
+
+def _solve_rows(weight: Tensor, factor: Factor, shared: _Shared, config: QuantizeConfig, timed: Stages) -> Solution:
     """`solve` for some rows of a weight."""
     columns, groups = weight.shape[1], config.groups_of(weight.shape[1])
     size = columns // groups
     importance = _importance(factor)
-    # a single group is fitted on the target either way, so it needs no block as long as the row
-    fit_during_sweep = not config.static_groups and groups > 1
+    fit = config if _fits_during_sweep(config, columns) else None
     with timed("scales"):
         target = torch.empty_like(weight.T, dtype=factor.lower.dtype, memory_format=torch.contiguous_format).copy_(weight.T)
         fitted = grid.Grid(target.new_empty(groups, weight.shape[0]), target.new_empty(groups, weight.shape[0]), config.max_code)
-        if not fit_during_sweep:
+        if fit is None:
             fitted = grid.Grid(*grid.fit(target.view(groups, size, -1), importance.view(groups, size), config), config.max_code)
     # groups follow the processing order under desc_act; in every other order a column keeps its own group
     original_group = torch.arange(columns, device=weight.device) // size
     g_idx = torch.empty_like(original_group)
     g_idx[factor.order] = original_group if config.desc_act else original_group[factor.order]
     with timed("sweep"):
-        codes, errors, loss = sweep(target, factor, coarse.lower, g_idx, fitted, config if fit_during_sweep else None, importance, timed)
-    if coarse.hessian is not None:
+        described = shared.hessian is not None
+        codes, errors, loss = sweep(target, shared.blocks, shared.lower, g_idx, fitted, fit, importance, described, timed)
+    if shared.hessian is not None:
         with timed("descent"):
             # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
             place = torch.arange(columns, device=weight.device).flip(0) if config.desc_act else factor.backwards
-            slope = slope_after_sweep(coarse.lower, errors, place)
+            slope = slope_after_sweep(shared.lower, errors, place)
             found = codes[factor.order] if config.desc_act else codes
-            exact = coarse.exact_hessian
-            loss -= descend(found, slope, fitted, exact, factor.damp, coarse.hessian, scales=config.refit, passes=config.descent)
+            exact = shared.exact_hessian
+            loss -= descend(found, slope, fitted, exact, factor.damp, shared.hessian, scales=config.refit, passes=config.descent)
             if config.desc_act:
                 codes[factor.order] = found
     latents = _latents(target, codes, g_idx, fitted, factor) if config.tuning_steps else None
@@ -197,54 +238,52 @@ def round_to_nearest(weight: Float[Tensor, "out columns"], config: QuantizeConfi
 
 def sweep(
     target: Float[Tensor, "columns out"],
-    factor: Factor,
+    blocks: list[Block],
     lower: Float[Tensor, "columns columns"],
     group_of: Int[Tensor, " columns"],
     fitted: grid.Grid,
     fit: QuantizeConfig | None,
     importance: Float[Tensor, " columns"],
+    keep_errors: bool,
     timed: Stages | None = None,
-) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"], Float[Tensor, " out"]]:
-    """Codes of a target, the errors (w - q)L by the rows of L, and the sum of their squares, which is the loss.
+) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"] | None, Float[Tensor, " out"]]:
+    """Codes of a target, the errors (w - q)L by the rows of L where they are to be kept, and the sum of their squares, which is the loss.
 
     Columns of target, codes, `group_of` and `importance` stand in their original order. lower: the factor's, in the dtype of the tall
     products, which is also that of the errors. With `fit`, each group is a run of the processing order and its row of `fitted` is
     filled when the sweep reaches it; without, `fitted` is complete and groups may be interleaved.
     """
     timed, (columns, out) = timed or Stages(target.device), target.shape
-    run = columns // fitted.scales.shape[0] if fit else COLUMN_BLOCK
     codes = torch.empty(columns, out, dtype=torch.uint8, device=target.device)
-    delta, errors = (torch.empty(columns, out, dtype=lower.dtype, device=target.device) for _ in range(2))
+    delta = torch.empty(columns, out, dtype=lower.dtype, device=target.device)
+    errors = torch.empty_like(delta) if keep_errors else None
     loss = target.new_zeros(out)
-    block = _block_size(columns, run)
-    fitted_next = iter(group_of[factor.order[::run]].tolist() if fit else [])
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
-        here, rows = factor.order[begin:end], slice(columns - end, columns - begin)  # of the columns, of L
-        triangle = factor.lower[rows, rows].flip(0, 1)  # R_bb
-        group, weights = group_of[here], target[here]
-        now = weights.clone()
-        inverse = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=now.dtype, device=now.device), upper=True)
-        if begin:
-            carried = lower[rows.stop :, rows].T @ delta[rows.stop :]
-            now += inverse.flip(0).T.to(lower.dtype) @ carried
-        feedback = inverse / inverse.diagonal().unsqueeze(1)
-        found = torch.empty(end - begin, out, dtype=torch.uint8, device=target.device)
-        for start in range(0, end - begin, run):
-            part = slice(start, min(start + run, end - begin))
+    # which groups are fitted in turn, asked for once: on a GPU that waits for it
+    fitted_next = iter(group_of[torch.cat([b.here for b in blocks])[:: columns // fitted.scales.shape[0]]].tolist() if fit else [])
+    tall = max(1, TALL_COLUMNS // blocks[0].here.numel())
+    for number, block in enumerate(blocks):
+        here, rows = block.here, block.rows
+        length, group, now = here.numel(), group_of[here], target[here]
+        if number % tall == 0:
+            together = slice(blocks[min(number + tall, len(blocks)) - 1].rows.start, rows.stop)
+            far = lower[together.stop :, together].T @ delta[together.stop :]
+        if number:
+            near = slice(rows.stop, together.stop)  # what was done since the tall product
+            carried = far[rows.start - together.start :][:length].addmm_(lower[near, rows].T, delta[near])
+            now += block.carry @ carried
+        run = columns // fitted.scales.shape[0] if fit else length
+        found = torch.empty(length, out, dtype=torch.uint8, device=target.device)
+        for start in range(0, length, run):
+            part = slice(start, min(start + run, length))
             if fit:
                 g = next(fitted_next)
                 with timed("scales"):
                     fitted.scales[g], fitted.zeros[g] = (t[0] for t in grid.fit(now[None, part], importance[None, here[part]], fit))
-            found[part] = round_columns(now[part], feedback[part, part], fitted.scales, fitted.zeros, group[part], fitted.max_code)
-            if part.stop < end - begin:
-                now[part.stop :].addmm_(feedback[part, part.stop :].T, now[part], alpha=-1)
-        codes[here] = found
-        rounded = found.to(now.dtype).sub_(fitted.zeros[group]).mul_(fitted.scales[group])
-        delta[rows] = weights.sub_(rounded).flip(0).to(lower.dtype)
-        now *= triangle.diagonal().unsqueeze(1)
-        loss += now.square().sum(0)
-        errors[rows] = now.flip(0).to(lower.dtype)
+            found[part] = round_columns(now[part], block.feedback[part, part], fitted.scales, fitted.zeros, group[part], fitted.max_code)
+            if part.stop < length:
+                now[part.stop :].addmm_(block.feedback[part, part.stop :].T, now[part], alpha=-1)
+        error = errors[rows] if keep_errors else None
+        settle(found, now, target, here, fitted.scales, fitted.zeros, group, block.diagonal, codes, delta[rows], error, loss)
     return codes, errors, loss
 
 

@@ -27,11 +27,16 @@ def round_columns(
     feedback: upper triangular with a unit diagonal, row i the share of column i's error that each later column takes over.
     group: row of `scales` and `zeros` for each column.
     """
-    if dispatch.takes(now, feedback, scales, zeros, group):
-        from gptq_core.kernels import fused  # only here is Triton imported
-
-        return fused.round_columns(now, feedback, scales, zeros, group, max_code)
     block = now.shape[0]
+    kernels = dispatch.kernels(now, feedback, scales, zeros, group)
+    if kernels:
+        codes = torch.empty(block, now.shape[1], dtype=torch.uint8, device=now.device)
+        for start in range(0, block, dispatch.LARGEST_BLOCK):
+            part = slice(start, min(start + dispatch.LARGEST_BLOCK, block))
+            codes[part] = kernels.round_columns(now[part], feedback[part, part], scales, zeros, group[part], max_code)
+            if part.stop < block:
+                now[part.stop :].addmm_(feedback[part, part.stop :].T, now[part], alpha=-1)
+        return codes
     groups = group.tolist()
     rows, scale = now.unbind(), scales.unbind()
     lowest, highest = (-zeros).unbind(), (max_code - zeros).unbind()
@@ -48,3 +53,34 @@ def round_columns(
             if stop < block:
                 now[stop:].addmm_(feedback[start:stop, stop:].T, now[start:stop], alpha=-1)
     return centred.add_(zeros[group]).to(torch.uint8)
+
+
+def settle(
+    found: UInt8[Tensor, "block out"],
+    left: Float[Tensor, "block out"],
+    target: Float[Tensor, "columns out"],
+    here: Int[Tensor, " block"],
+    scales: Float[Tensor, "groups out"],
+    zeros: Float[Tensor, "groups out"],
+    group: Int[Tensor, " block"],
+    diagonal: Float[Tensor, " block"],
+    codes: UInt8[Tensor, "columns out"],
+    delta: Float[Tensor, "block out"],
+    errors: Float[Tensor, "block out"] | None,
+    loss: Float[Tensor, " out"],
+) -> None:
+    """Book what `round_columns` has made of a block, whose columns are the rows `here` of target and codes: their codes; in `delta`,
+    target less rounded weight, and in `errors`, (w - q)L, both with the last column first and in their own dtype; in `loss`, Σ errors².
+
+    left: the conditional targets less the rounded weights. diagonal: R[i,i]. All but target, found and the grid are written.
+    """
+    kernels = dispatch.kernels(left, target, scales, zeros, diagonal, loss)
+    if kernels and hasattr(kernels, "settle"):
+        return kernels.settle(found, left, target, here, scales, zeros, group, diagonal, codes, delta, errors, loss)
+    codes[here] = found
+    rounded = found.to(target.dtype).sub_(zeros[group]).mul_(scales[group])
+    delta.copy_((target[here] - rounded).flip(0))
+    left.mul_(diagonal.unsqueeze(1))
+    loss += left.square().sum(0)
+    if errors is not None:
+        errors.copy_(left.flip(0))

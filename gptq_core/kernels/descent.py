@@ -28,10 +28,9 @@ def descend_columns(
     damped: H + λI of these columns.
     """
     block = codes.shape[0]
-    if block <= dispatch.LARGEST_BLOCK and dispatch.takes(slope, codes, scale, zero, damped):
-        from gptq_core.kernels import fused  # only here is Triton imported
-
-        return fused.descend_columns(codes, slope, scale, zero, max_code, damped)
+    kernels = dispatch.kernels(slope, codes, scale, zero, damped) if block <= dispatch.LARGEST_BLOCK else None
+    if kernels:
+        return kernels.descend_columns(codes, slope, scale, zero, max_code, damped)
     inverse = (1 / damped.diagonal()).tolist()
     before = codes.to(slope.dtype).sub_(zero).mul_(scale)
     centred, change = torch.empty_like(before), torch.empty_like(before)  # centred: code less zero

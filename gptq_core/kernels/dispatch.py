@@ -1,7 +1,9 @@
-"""Who runs an innermost loop: the fused Triton kernel of fused.py, or its twin, the plain torch of columns.py, descent.py and scales.py.
+"""Who runs an innermost loop: a fused Triton kernel (fused.py), a C loop (compiled.py), or the twin of both, the plain torch of
+columns.py, descent.py and scales.py.
 
-The tensors decide, nothing is set: float32 on a GPU for which Triton can compile here goes to the kernel, all else to the twin. CUDA
-builds of torch for Linux bring Triton along; it builds a helper of its own with the machine's C compiler when it is first used.
+The tensors decide, nothing is set: float32 goes to Triton on a GPU for which it can compile here, to C on a CPU for which this machine
+has a C compiler, all else to the twin. CUDA builds of torch for Linux bring Triton along; it builds a helper of its own with the
+machine's C compiler when it is first used. A run's record says which it was.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import functools
 import logging
 import subprocess
 import threading
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,9 +27,26 @@ OLDEST_GPU = (7, 0)
 """Compute capability from which on Triton compiles."""
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the fused kernels take these tensors, which lie on one device."""
-    return all(t.dtype == torch.float32 for t in tensors if t.is_floating_point()) and runs_on(tensors[0].device)
+def kernels(*tensors: Tensor) -> ModuleType | None:
+    """The module whose kernels take these tensors, which lie on one device; None where the twin does."""
+    if any(t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
+        return None
+    device = tensors[0].device
+    if runs_on(device):
+        from gptq_core.kernels import fused  # only here is Triton imported
+
+        return fused
+    if device.type == "cpu" and compiles():
+        from gptq_core.kernels import compiled
+
+        return compiled
+    return None
+
+
+def implementation(device: torch.device) -> str:
+    """What float32 is given to on a device: triton, c, or torch for the twins."""
+    found = kernels(torch.empty(0, device=device))
+    return "torch" if found is None else {"fused": "triton", "compiled": "c"}[found.__name__.rpartition(".")[2]]
 
 
 @functools.cache
@@ -52,3 +72,23 @@ def _obstacle(capability: tuple[int, int]) -> str | None:
     except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as error:
         return f"Triton does not start ({error}): it wants a C compiler (gcc, or CC), Python.h (python3-dev) and libcuda"
     return None
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether the C loops can be built, or were built before. Where they cannot, the log tells once why."""
+    from gptq_core.kernels import compiled
+
+    try:
+        compiled.library()
+    except OSError as error:
+        obstacle = str(error)
+    except subprocess.CalledProcessError as error:
+        obstacle = f"{error.cmd[0]} ended with {error.returncode}: {error.stderr.strip()[-500:]}"
+    else:
+        return True
+    log.warning(
+        "the solver's loops could not be compiled (%s); until then they run as many small operations, which takes about half as long "
+        "again: install a C compiler (cc, gcc or clang, or CC=...), and see that XDG_CACHE_HOME or ~/.cache can be written", obstacle,
+    )  # fmt: skip
+    return False

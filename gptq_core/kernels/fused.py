@@ -8,7 +8,7 @@ in order. Registers cannot be indexed by what is known only at run time, so a co
 goes to the columns that follow as an outer product; also to those already done, which nobody reads again. That is twice the
 arithmetic of a triangle and none of its memory traffic. The rest is loaded where it is needed; rows of scales and of the feedback
 are shared by many programs and come from the cache. Longer blocks, those of dynamic groups of more than LARGEST_BLOCK columns, are
-cut by `round_columns`, with a GEMM between the parts; in descent they are left to the twin, its caller makes none.
+cut by the twin, with a GEMM between the parts; in descent they are left to the twin, its caller makes none.
 
 The search holds one candidate at a time, its error, and the best so far; the weights of its tile are read again for each candidate,
 from the cache as long as a group of columns x TILE floats fits there. Groups of any length go through in chunks.
@@ -50,22 +50,17 @@ def round_columns(
     group: Int[Tensor, " block"],
     max_code: int,
 ) -> UInt8[Tensor, "block out"]:
-    """columns.round_columns."""
+    """columns.round_columns, of at most LARGEST_BLOCK columns."""
     assert _is_along_rows(now), now.stride()  # it is written to
     feedback, scales, zeros = map(_along_rows, (feedback, scales, zeros))  # a triangular solve leaves its result transposed
     block, out = now.shape
     codes = torch.empty(block, out, dtype=torch.uint8, device=now.device)
-    for start in range(0, block, LARGEST_BLOCK):
-        stop = min(start + LARGEST_BLOCK, block)
-        part = slice(start, stop)
-        with torch.cuda.device_of(now):
-            _round_columns[(triton.cdiv(out, TILE),)](
-                now[part], feedback[part, part], scales, zeros, group[part], codes[part], stop - start, out,
-                now.stride(0), feedback.stride(0), scales.stride(0), zeros.stride(0),
-                MAX_CODE=max_code, BLOCK=_rows(stop - start), TILE=TILE, **LAUNCH,
-            )  # fmt: skip
-        if stop < block:
-            now[stop:].addmm_(feedback[part, stop:].T, now[part], alpha=-1)
+    with torch.cuda.device_of(now):
+        _round_columns[(triton.cdiv(out, TILE),)](
+            now, feedback, scales, zeros, group, codes, block, out,
+            now.stride(0), feedback.stride(0), scales.stride(0), zeros.stride(0),
+            MAX_CODE=max_code, BLOCK=_rows(block), TILE=TILE, **LAUNCH,
+        )  # fmt: skip
     return codes
 
 

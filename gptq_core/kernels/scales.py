@@ -6,6 +6,8 @@ longer side. Asymmetric: the range shrinks around its middle, and the zero is tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,15 +28,40 @@ def search(
     smallest_zero: int | None,
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
     """Scales, exact in float16, and zeros. smallest_zero: None where the zero is fixed in the middle of the codes (symmetric)."""
-    if dispatch.takes(weights, importance):
-        from gptq_core.kernels import fused  # only here is Triton imported
+    kernels = dispatch.kernels(weights, importance)
+    if kernels:
+        return kernels.search(weights, importance, max_code, smallest_zero)
+    return search_with(errors, weights, importance, max_code, smallest_zero)
 
-        return fused.search(weights, importance, max_code, smallest_zero)
-    found = [_search(w, h, max_code, smallest_zero) for w, h in zip(weights, importance, strict=True)]
+
+Errors = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""`errors`, or a kernel in its place."""
+
+
+def search_with(errors: Errors, weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
+    """`search`, with the errors of candidates computed by `errors`."""
+    found = [_search(errors, w, h, max_code, smallest_zero) for w, h in zip(weights, importance, strict=True)]
     return torch.stack([scales for scales, _ in found]), torch.stack([zeros for _, zeros in found])
 
 
-def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
+def errors(
+    weights: Float[Tensor, "columns out"],
+    importance: Float[Tensor, " columns"],
+    scale: Float[Tensor, "candidates out"],
+    zero: Float[Tensor, "candidates out"],
+    max_code: int,
+) -> Float[Tensor, "candidates out"]:
+    """Σ importance · (w - w~)² over the columns of one group, for each candidate and output."""
+    lowest, highest = -zero, max_code - zero
+    error, buffer = torch.empty_like(scale), torch.empty_like(weights)
+    for each in range(scale.shape[0]):
+        code = torch.div(weights, scale[each], out=buffer).round_()
+        torch.clamp(code, lowest[each], highest[each], out=code)
+        torch.mv(torch.addcmul(weights, code, scale[each], value=-1, out=code).square_().T, importance, out=error[each])
+    return error
+
+
+def _search(errors: Errors, weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
     """One group: (columns, out) and (columns,) to two of (out,)."""
     low, high = weights.amin(0), weights.amax(0)
     if smallest_zero is None:
@@ -44,7 +71,6 @@ def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: i
         low, high = low.clamp(max=0), high.clamp(min=0)
         base, signs, shifts = (high - low) / max_code, (1.0,), (-1, 0, 1)
         middle = (high + low) / 2
-    buffer = torch.empty_like(weights)
 
     def least(shares: Tensor, shift: Tensor, *rivals: Tensor) -> tuple[Tensor, ...]:
         """(error, scale, zero, share) of the best candidate of each output, `rivals` among them; shares (candidates, out)."""
@@ -53,16 +79,7 @@ def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: i
             zero = torch.full_like(scale, (max_code + 1) // 2)
         else:  # the middle of the range falls on the middle of the codes
             zero = torch.round(max_code / 2 - middle / scale).add_(shift).clamp_(smallest_zero, max_code)
-        lowest, highest = -zero, max_code - zero
-        error = torch.empty_like(scale)
-        for each in range(scale.shape[0]):
-            code = torch.div(weights, scale[each], out=buffer).round_()
-            if smallest_zero is None:
-                code.clamp_(-(max_code + 1) // 2, max_code // 2)  # by numbers: faster than by tensors
-            else:
-                torch.clamp(code, lowest[each], highest[each], out=code)
-            torch.mv(torch.addcmul(weights, code, scale[each], value=-1, out=code).square_().T, importance, out=error[each])
-        every = [error, scale, zero, shares]
+        every = [errors(weights, importance, scale, zero, max_code), scale, zero, shares]
         if rivals:
             every = [torch.cat([one.unsqueeze(0), others]) for one, others in zip(rivals, every, strict=True)]
         best = every[0].argmin(0, keepdim=True)  # the first of equals

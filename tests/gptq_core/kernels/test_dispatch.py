@@ -18,13 +18,15 @@ def everywhere(monkeypatch):
 
 def test_float32_is_taken(everywhere):
     rows = torch.zeros(8, 12)
-    assert dispatch.takes(rows, torch.zeros(8, dtype=torch.uint8), torch.arange(8))
-    assert not dispatch.takes(rows, rows.double())
-    assert not dispatch.takes(rows, rows.bfloat16())
+    assert dispatch.kernels(rows, torch.zeros(8, dtype=torch.uint8), torch.arange(8))
+    assert not dispatch.kernels(rows, rows.double())
+    assert not dispatch.kernels(rows, rows.bfloat16())
 
 
-def test_the_cpu_keeps_the_twin():
-    assert not dispatch.takes(torch.zeros(8, 12))
+def test_the_cpu_keeps_the_twin_where_nothing_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(dispatch, "compiles", lambda: False)
+    assert dispatch.kernels(torch.zeros(8, 12)) is None
+    assert dispatch.implementation(torch.device("cpu")) == "torch"
 
 
 def test_a_block_longer_than_registers_hold_descends_in_the_twin(everywhere):

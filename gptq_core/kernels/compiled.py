@@ -1,0 +1,166 @@
+"""The three innermost loops in C, for float32 on the CPU: loops.c, built once a machine by its C compiler. See dispatch.py.
+
+A twin starts hundreds of operations a block, each of which reads and writes what the one before it wrote; here a tile of outputs stays
+in registers and the nearest cache from its first column to its last, and Python's lock is free meanwhile, so that threads run side by
+side. Divisions are true and halves are rounded to even, as in the twins; products and sums are contracted and summed in another
+order, and the error of a candidate scale is that of its reciprocal. So where all sums are exact, sweep and descent are equal to the
+bit; else a code may differ where its target is next to a tie, and a scale where two candidates are as good up to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from gptq_core.kernels import scales as twin
+
+SOURCE = Path(__file__).with_name("loops.c")
+FLAGS = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
+"""By what torch itself uses of a processor, so that a folder shared by machines holds a library for each kind of them."""
+
+_pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+SIGNATURES = {
+    "round_columns": (_pointer, _long, _pointer, _pointer, _pointer, _long, _pointer, _float, _pointer, _long, _long, _long),
+    "settle": (ctypes.c_int, *[_pointer] * 12, _long, _long),
+    "descend_columns": (
+        _pointer, _long, _pointer, _long, _pointer, _pointer, _float, _pointer, _long, _pointer, _long, _long, _long,
+    ),
+    "errors": (_pointer, _long, _pointer, _pointer, _pointer, _float, _pointer, _long, _long, _long),
+}  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled loops, from the user's cache or built now.
+
+    Raises OSError where there is no C compiler or the cache cannot be written, subprocess.CalledProcessError where building fails.
+    """
+    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((flags, platform.system(), platform.machine())).encode()).hexdigest()[:16]
+    path = _cache() / f"loops-{key}.so"
+    if not path.exists():
+        _build(path, flags)
+    loaded = ctypes.CDLL(str(path))
+    for name, signature in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = signature, None
+    return loaded
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptq_core"
+
+
+def _build(path: Path, flags: tuple[str, ...]) -> None:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no cc, gcc or clang on the PATH")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may build the same one at the same time
+        made = Path(folder) / path.name
+        subprocess.run([*compiler.split(), *flags, "-o", made, SOURCE], check=True, capture_output=True, text=True)
+        made.replace(path)
+
+
+def round_columns(
+    now: Float[Tensor, "block out"],
+    feedback: Float[Tensor, "block block"],
+    scales: Float[Tensor, "groups out"],
+    zeros: Float[Tensor, "groups out"],
+    group: Int[Tensor, " block"],
+    max_code: int,
+) -> UInt8[Tensor, "block out"]:
+    """columns.round_columns, of at most LARGEST_BLOCK columns."""
+    assert now.stride(1) == 1, now.stride()  # it is written to
+    block, out = now.shape
+    taken, scales, zeros, group = feedback.T.contiguous(), scales.contiguous(), zeros.contiguous(), group.contiguous()
+    codes = torch.empty(block, out, dtype=torch.uint8)
+    library().round_columns(
+        now.data_ptr(), now.stride(0), taken.data_ptr(), scales.data_ptr(), zeros.data_ptr(), out, group.data_ptr(), max_code,
+        codes.data_ptr(), out, block, out,
+    )  # fmt: skip
+    return codes
+
+
+def settle(
+    found: UInt8[Tensor, "block out"],
+    left: Float[Tensor, "block out"],
+    target: Float[Tensor, "columns out"],
+    here: Int[Tensor, " block"],
+    scales: Float[Tensor, "groups out"],
+    zeros: Float[Tensor, "groups out"],
+    group: Int[Tensor, " block"],
+    diagonal: Float[Tensor, " block"],
+    codes: UInt8[Tensor, "columns out"],
+    delta: Float[Tensor, "block out"],
+    errors: Float[Tensor, "block out"] | None,
+    loss: Float[Tensor, " out"],
+) -> None:
+    """columns.settle; all that is as wide as the outputs is contiguous, delta and errors are float32 or bfloat16 alike."""
+    wide = [t for t in (found, left, target, scales, zeros, codes, delta, errors) if t is not None]
+    assert all(t.is_contiguous() for t in wide), [t.stride() for t in wide]
+    here, group, diagonal = here.contiguous(), group.contiguous(), diagonal.contiguous()
+    library().settle(
+        delta.dtype == torch.bfloat16, found.data_ptr(), left.data_ptr(), target.data_ptr(), here.data_ptr(), scales.data_ptr(),
+        zeros.data_ptr(), group.data_ptr(), diagonal.data_ptr(), codes.data_ptr(), delta.data_ptr(),
+        None if errors is None else errors.data_ptr(), loss.data_ptr(), *found.shape,
+    )  # fmt: skip
+
+
+def descend_columns(
+    codes: UInt8[Tensor, "block out"],
+    slope: Float[Tensor, "block out"],
+    scale: Float[Tensor, " out"],
+    zero: Float[Tensor, " out"],
+    max_code: int,
+    damped: Float[Tensor, "block block"],
+) -> Float[Tensor, "block out"]:
+    """descent.descend_columns, of at most LARGEST_BLOCK columns."""
+    assert codes.stride(1) == slope.stride(1) == 1, (codes.stride(), slope.stride())  # they are written to
+    block, out = codes.shape
+    scale, zero, damped = scale.contiguous(), zero.contiguous(), damped.contiguous()
+    change = torch.empty_like(slope, memory_format=torch.contiguous_format)
+    library().descend_columns(
+        codes.data_ptr(), codes.stride(0), slope.data_ptr(), slope.stride(0), scale.data_ptr(), zero.data_ptr(), max_code,
+        damped.data_ptr(), block, change.data_ptr(), out, block, out,
+    )  # fmt: skip
+    return change
+
+
+def search(
+    weights: Float[Tensor, "groups columns out"],
+    importance: Float[Tensor, "groups columns"],
+    max_code: int,
+    smallest_zero: int | None,
+) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
+    """scales.search."""
+    return twin.search_with(_errors, weights, importance, max_code, smallest_zero)
+
+
+def _errors(
+    weights: Float[Tensor, "columns out"],
+    importance: Float[Tensor, " columns"],
+    scale: Float[Tensor, "candidates out"],
+    zero: Float[Tensor, "candidates out"],
+    max_code: int,
+) -> Float[Tensor, "candidates out"]:
+    weights = weights if weights.stride(1) == 1 else weights.contiguous()
+    importance, scale, zero = importance.contiguous(), scale.contiguous(), zero.contiguous()
+    (columns, out), error = weights.shape, torch.empty_like(scale)
+    library().errors(
+        weights.data_ptr(), weights.stride(0), importance.data_ptr(), scale.data_ptr(), zero.data_ptr(), max_code,
+        error.data_ptr(), columns, scale.shape[0], out,
+    )  # fmt: skip
+    return error
