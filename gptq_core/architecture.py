@@ -8,7 +8,6 @@ leaving most of a model in silence as it was would look like success.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from gptq_core.errors import CorruptCheckpointError, InputError, UnsupportedModelError
+from gptq_core.processor import multiplies_in_bfloat16
 
 Read = Callable[[str], Tensor]
 
@@ -78,14 +78,6 @@ def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> 
 def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
     """The dtype that a model is judged in: float32 on the CPU, and the checkpoint's own on a GPU."""
     return torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
-
-
-@functools.cache
-def multiplies_in_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16; without them they are slower than in float32. An older torch,
-    which does not tell, counts as one without."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last as Arm calls it
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,9 +3,15 @@
 Members of an input group receive the same tensor, so they share one H (in, in), accumulated in float32 over the batches as
 they arrive and divided by the token count at the end. H is symmetric: only panels on and below the diagonal are computed,
 with plain GEMMs, and mirrored once when the mean is taken. On CUDA, half-precision inputs multiply on the tensor cores with a
-float32 result: a bf16 or fp16 product is exact in float32, so nothing is lost against casting first. On the CPU a bfloat16 product
-comes out rounded to bfloat16, also where its sum is a float32 one inside: along a direction in which large channels move together that
-noise is as large as the damping, so there inputs are cast first.
+float32 result: a bf16 or fp16 product is exact in float32, so nothing is lost against casting first.
+
+On a CPU with instructions for bfloat16 the sums are float32 ones too, but come out rounded to bfloat16: along a direction in which large
+channels move together that noise, 2^-9, is as large as the damping. So what was rounded off is computed by a second product,
+
+    P = bf16(XᵀX),  Q = bf16(XᵀX - P),  XᵀX ≈ P + Q in float32 to 2^-17 of sqrt(H_ii H_jj),
+
+where torch's addmm subtracts P in float32 before it rounds. Two such products of many tokens cost a little less than a float32 one where
+the instructions double its rate, and no float32 copy of the inputs. Elsewhere inputs are cast first.
 """
 
 from __future__ import annotations
@@ -14,10 +20,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gptq_core.processor import multiplies_in_bfloat16
+
 PANELS = 8
 """Column panels of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
 PANEL_WIDTHS = {"cpu": (128, 256), "cuda": (512, 2048)}
 """The narrowest and the widest."""
+TOKENS_FOR_TWO_PRODUCTS = 2048
+"""At least: of fewer, adding the products up takes longer than multiplying in bfloat16 saves."""
 
 
 class Hessian:
@@ -35,7 +45,8 @@ class Hessian:
         x = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x.shape[0]
         if not _on_tensor_cores(x):
-            x = x.float()  # once, not in every panel
+            # once, not in every panel: oneDNN reads rows of a left operand as they are, and lays out columns anew each time
+            x = x.T.contiguous().T if in_two_products(len(x), x.dtype, x.device) else x.float()
         for start, stop in self._panels:
             below, panel = x[:, start:].T, x[:, start:stop]
             target = self._sum[start:, start:stop]
@@ -99,9 +110,25 @@ def _on_tensor_cores(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
+def in_two_products(tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a batch is multiplied in bfloat16 and what was rounded off with it; see the top."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and tokens >= TOKENS_FOR_TWO_PRODUCTS and multiplies_in_bfloat16()
+
+
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, in float32."""
+    """total += left · right, in float32 or near it."""
     if _on_tensor_cores(right):
         total += torch.mm(left, right, out_dtype=torch.float32)
+    elif left.dtype == right.dtype and in_two_products(len(right), right.dtype, right.device):
+        _add_in_two_products(total, left.contiguous(), right)
     else:
         total.addmm_(left.float(), right.float())
+
+
+def _add_in_two_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left · right, a panel of its columns at a time."""
+    width = PANEL_WIDTHS["cpu"][1]
+    for part, columns in zip(total.split(width, dim=1), right.split(width, dim=1), strict=True):
+        product = left @ columns
+        part += product
+        part += product.addmm_(left, columns, beta=-1)  # what was rounded off

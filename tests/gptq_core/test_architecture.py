@@ -28,11 +28,3 @@ def test_auto_is_bfloat16_on_a_cpu_only_where_model_and_processor_have_it(stored
 def test_a_dtype_that_is_named_is_taken(fast):
     assert choose_dtype("float32", LlamaConfig(dtype=torch.bfloat16), CPU) == torch.float32
     assert choose_dtype("bfloat16", LlamaConfig(dtype=torch.float32), CPU) == torch.bfloat16
-
-
-@pytest.mark.parametrize("found", ["avx512_bf16", "amx_bf16", "bf16", "avx512"])
-def test_the_processor_is_asked(found, monkeypatch):
-    architecture.multiplies_in_bfloat16.cache_clear()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {found: True, "avx2": True})
-    assert architecture.multiplies_in_bfloat16() is (found != "avx512")
-    architecture.multiplies_in_bfloat16.cache_clear()

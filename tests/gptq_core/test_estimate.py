@@ -1,5 +1,6 @@
 """What a plan foretells, held against what runs take."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -205,8 +206,10 @@ def test_solving_grows_with_the_squares_of_the_columns_beyond_the_probe(llama):
 
 
 def test_a_forward_in_bfloat16(llama, monkeypatch):
-    """Half the hidden states, forwards at that dtype's rate, Hessians at float32's; it is judged in float32."""
-    monkeypatch.setattr(estimate, "measure", lambda *_: UNIT)
+    """Half the hidden states, forwards at that dtype's rate, Hessians in two such products or else in float32; judged in float32."""
+    monkeypatch.setattr(estimate, "measure", lambda *_: dataclasses.replace(UNIT, product=4 * UNIT.exact))
+    monkeypatch.setattr("gptq_core.hessian.multiplies_in_bfloat16", lambda: multiplies)
+    multiplies = True
 
     def costs(dtype):
         config = QuantizeConfig(**W4)
@@ -217,7 +220,9 @@ def test_a_forward_in_bfloat16(llama, monkeypatch):
     assert (exact.dtype, fast.dtype) == ("float32", "bfloat16")
     assert fast.stage_bytes["capture"] < 0.6 * exact.stage_bytes["capture"] and fast.stage_bytes["walk"] < exact.stage_bytes["walk"]
     models = 2 * (llama / "model.safetensors").stat().st_size
-    assert fast.stage_bytes["evaluation"] > models and fast.seconds["hessian"] == exact.seconds["hessian"]
+    assert fast.stage_bytes["evaluation"] > models and fast.seconds["hessian"] == pytest.approx(exact.seconds["hessian"] / 2)
+    multiplies = False
+    assert costs("bfloat16").seconds["hessian"] == exact.seconds["hessian"]
 
 
 def test_rows_that_are_solved_at_once(llama, monkeypatch):

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from gptq_core.hessian import Hessian
+from gptq_core import QuantizeConfig
+from gptq_core.factor import factorize
+from gptq_core.hessian import TOKENS_FOR_TWO_PRODUCTS, Hessian, Shift
+from gptq_core.solver import solve
 
 
 @pytest.mark.parametrize("columns", [64, 300, 1100])
@@ -17,12 +20,79 @@ def test_mean_of_outer_products_over_uneven_batches(columns):
     assert torch.equal(mean, mean.T)
 
 
-def test_half_precision_inputs_are_summed_in_float32():
-    x = torch.randn(4096, 32).to(torch.bfloat16)
-    hessian = Hessian(32, "cpu")
-    hessian.add(x)
-    expected = x.double().T @ x.double() / 4096
-    torch.testing.assert_close(hessian.mean().double(), expected, rtol=1e-5, atol=1e-5)
+@pytest.fixture(params=[True, False], ids=["multiplies in bfloat16", "does not"])
+def fast(request, monkeypatch):
+    monkeypatch.setattr("gptq_core.hessian.multiplies_in_bfloat16", lambda: request.param)
+    return request.param
+
+
+def bfloat16_inputs(columns, tokens=2 * TOKENS_FOR_TWO_PRODUCTS):
+    """Two channels are 100 times as large as the others and move together."""
+    chance = torch.Generator().manual_seed(columns)
+    x = torch.randn(tokens, columns, generator=chance)
+    x[:, 5] = 100 * torch.randn(tokens, generator=chance)
+    x[:, columns // 2] = x[:, 5] + torch.randn(tokens, generator=chance)
+    return x.to(torch.bfloat16)
+
+
+def hessian_of(*batches):
+    hessian = Hessian(batches[0].shape[-1], "cpu")
+    for x in batches:
+        hessian.add(x)
+    return hessian.mean()
+
+
+def off(found, left, right):
+    """The largest error of the mean of left rightᵀ, of √(mean left_i² · mean right_j²)."""
+    left, right = left.double(), right.double()
+    sizes = left.square().mean(0).sqrt().unsqueeze(1) * right.square().mean(0).sqrt()
+    return float(((found.double() - left.T @ right / len(left)) / sizes).abs().max())
+
+
+OFF = 2**-16
+"""Products of bfloat16 inputs may be off by this; a float32 product of so many tokens comes to half of it."""
+
+
+@pytest.mark.parametrize("columns", [32, 300, 1100])
+def test_products_of_bfloat16_inputs_are_not_rounded_to_it(columns, fast):
+    x = bfloat16_inputs(columns)
+    mean = hessian_of(x[:2500].view(5, 500, columns), x[2500:])
+    assert torch.equal(mean, mean.T)
+    assert off(mean, x, x) < OFF and off((x.T @ x).float() / len(x), x, x) > 50 * OFF
+
+
+def test_shifts_of_bfloat16_inputs_are_not_rounded_to_it(fast):
+    x, tokens = bfloat16_inputs(300), 2 * TOKENS_FOR_TWO_PRODUCTS
+    original = x + x.roll(1, 1) / 64
+    residual = torch.randn(tokens, 40).to(torch.bfloat16)
+    shift = Shift()
+    shift.add(x, original, residual)
+    assert off(shift.inputs(), original - x, x) < OFF and off(shift.residual(), residual, x) < OFF
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 77, TOKENS_FOR_TWO_PRODUCTS - 1])
+def test_short_batches_are_multiplied_in_float32(tokens, fast):
+    x = bfloat16_inputs(96, tokens)
+    assert torch.equal(hessian_of(x), hessian_of(x.float()))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_what_is_solved_from_two_products_is_the_same(bits, monkeypatch):
+    """Along the difference of the two large channels H is about as small as its damping; a rounded product is of no use there."""
+    monkeypatch.setattr("gptq_core.hessian.multiplies_in_bfloat16", lambda: True)
+    x, config = bfloat16_inputs(256), QuantizeConfig(bits=bits, group_size=128, damp_percent=0.001)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    exact = x.double().T @ x.double() / len(x)
+
+    def solved(hessian):
+        found = solve(weight, factorize(hessian, config, "layer", len(x)), config)
+        error = (weight - found.weight(torch.float32)).double()
+        return found.codes, float(((error @ exact) * error).sum())
+
+    codes, loss = solved(exact.float())
+    alike, same = solved(hessian_of(x))
+    _, rounded = solved((x.T @ x).float() / len(x))
+    assert (alike == codes).float().mean() > 0.99 and same == pytest.approx(loss, rel=2e-3) and rounded > 1.1 * loss
 
 
 def test_the_mean_takes_the_place_of_the_sum():
