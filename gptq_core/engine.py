@@ -40,6 +40,7 @@ from gptq_core.distribution import distribution
 from gptq_core.errors import InputError
 from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian, Shift
+from gptq_core.kernels import dispatch
 from gptq_core.stages import Stages
 from gptq_core.summary import summarize
 from gptq_core.tuning import tune
@@ -53,7 +54,7 @@ PROBE_TOKENS = 16
 @functools.cache
 def code_sha256() -> str:
     """sha256 of this library's own sources: another solver is other work, whatever the version says."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    files = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c"))
     return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
@@ -174,7 +175,7 @@ class Quantization:
             "versions": {
                 "gptq_core": format.code_version(), "code_sha256": code_sha256(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "dtype": str(self.dtype).removeprefix("torch."),
-                "device": self.device.type, "machine": platform.machine(),
+                "device": self.device.type, "machine": platform.machine(), "kernels": dispatch.implementation(self.device),
             },
         }  # fmt: skip
 

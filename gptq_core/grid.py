@@ -25,8 +25,8 @@ def fit(
     return search(weights, importance, config.max_code, None if config.sym else config.smallest_zero)
 
 
-TILE = 512
-"""Outputs that are dequantized together, so that what lies between codes and weights stays small."""
+TILE = {"cpu": 64, "cuda": 512}
+"""Outputs that are dequantized together, so that what lies between codes and weights stays small, on the CPU in the cache."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def dequantize(
     columns, out = codes.shape
     group = g_idx.long()
     weight = torch.empty(out, columns, dtype=dtype, device=codes.device)
-    for outputs in (slice(start, start + TILE) for start in range(0, out, TILE)):
+    tile = TILE.get(codes.device.type, TILE["cuda"])
+    for outputs in (slice(start, start + tile) for start in range(0, out, tile)):
         centred = codes[:, outputs].float() - zeros[:, outputs].float()[group]
         weight[outputs] = centred.mul_(scales[:, outputs].float()[group]).T
     return weight

@@ -1,13 +1,14 @@
 """Which tensors the Triton kernels are given."""
 
 import re
+import shutil
 import sys
 import types
 
 import pytest
 import torch
 
-from gptq_core.kernels import descent, dispatch
+from gptq_core.kernels import compiled, descent, dispatch
 
 
 @pytest.fixture
@@ -54,3 +55,44 @@ def test_a_gpu_without_triton_is_told_of_once(missing, told, monkeypatch, caplog
         assert not dispatch.runs_on(torch.device("cuda", 0))
     assert len(caplog.messages) == 1 and re.search(told, caplog.text)
     dispatch.runs_on.cache_clear()
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing built so far."""
+    for function in (dispatch.compiles, compiled.library):
+        function.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield tmp_path
+    for function in (dispatch.compiles, compiled.library):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(("missing", "told"), [
+    ("compiler", "no cc, gcc or clang on the PATH"), ("flag", "false ended with 1"), ("cache", "[Nn]ot a directory|[Ff]ile exists"),
+])  # fmt: skip
+def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch, caplog, fresh):
+    if missing == "compiler":
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(fresh))
+    elif missing == "flag":
+        monkeypatch.setenv("CC", "false")
+    else:
+        (fresh / "gptq_core").write_text("in the way")
+    for _ in range(2):
+        assert dispatch.kernels(torch.zeros(8, 12)) is None
+    assert len(caplog.messages) == 1 and re.search(told, caplog.text)
+    # and the work is done all the same
+    assert torch.equal(descent.descend_columns(torch.zeros(1, 4, dtype=torch.uint8), -torch.ones(1, 4), torch.ones(4), torch.zeros(4), 15,
+                                               torch.eye(1)), torch.ones(1, 4))  # fmt: skip
+
+
+def test_the_loops_are_built_once(fresh, monkeypatch):
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    assert dispatch.implementation(torch.device("cpu")) == "c"
+    [built] = (fresh / "gptq_core").iterdir()
+    compiled.library.cache_clear()
+    monkeypatch.setattr(compiled, "_build", None)
+    compiled.library()
+    assert [built] == list((fresh / "gptq_core").iterdir())

@@ -1,9 +1,11 @@
-"""The Triton kernels against their twins: on the GPU where there is one, else in Triton's interpreter (see conftest.py)."""
+"""The kernels against their twins: C on the CPU; Triton on the GPU where there is one, else in its interpreter (see conftest.py)."""
 
+import contextlib
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -11,22 +13,40 @@ from oracles import problem
 
 from gptq_core.config import QuantizeConfig
 from gptq_core.factor import factorize
-from gptq_core.kernels import columns, descent, dispatch, scales
+from gptq_core.kernels import columns, compiled, descent, dispatch, scales
 from gptq_core.solver import solve
 
-pytest.importorskip("triton", reason="Triton is not installed: it is to be had for Linux")
-from gptq_core.kernels import fused  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = [(2, True), (3, False), (4, True), (4, False), (8, False)]
 OUT = 37
 """No multiple of a tile."""
 
 
-def on_device(function, *arguments):
-    """What a kernel makes of copies of its arguments: its result, and the tensors it was given, back on the CPU."""
-    copies = [a.to(DEVICE, copy=True) if isinstance(a, torch.Tensor) else a for a in arguments]
-    result = function(*copies)
+@pytest.fixture(params=["fused", "compiled"])
+def kernels(request):
+    """The module, and where it runs."""
+    if request.param == "fused":
+        pytest.importorskip("triton", reason="Triton is not installed: it is to be had for Linux")
+    elif not dispatch.compiles():
+        pytest.skip("no C compiler")
+    module = importlib.import_module(f"gptq_core.kernels.{request.param}")
+    module_device = "cuda" if request.param == "fused" and torch.cuda.is_available() else "cpu"
+    with patch.object(dispatch, "kernels", lambda *tensors: None):  # whoever asks gets the twin
+        yield module, module_device
+
+
+@contextlib.contextmanager
+def given_to(module):
+    with patch.object(dispatch, "kernels", lambda *tensors: module):
+        yield
+
+
+def on_device(kernels, function, *arguments):
+    """What a kernel makes of copies of its arguments: its result, and the tensors it was given, back on the CPU. The function by its
+    name is the module's own; others are given to it by dispatch."""
+    module, device = kernels
+    copies = [a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in arguments]
+    with given_to(module):
+        result = (getattr(module, function) if isinstance(function, str) else function)(*copies)
     return [t.cpu() for t in (result if isinstance(result, tuple) else (result,))], [a.cpu() for a in copies if isinstance(a, torch.Tensor)]
 
 
@@ -46,7 +66,7 @@ def sparse(block, g):
 
 @pytest.mark.parametrize("block", [1, 16, 100, 128])
 @pytest.mark.parametrize(("bits", "sym"), WIDTHS)
-def test_the_sweep_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block):
+def test_the_sweep_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block, kernels):
     g = torch.Generator().manual_seed(block)
     scale, zero = grids(bits, sym, 3, g)
     group = torch.randint(0, 3, (block,), generator=g)  # interleaved
@@ -58,19 +78,19 @@ def test_the_sweep_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, bl
     rests = {dtype: now.to(dtype, copy=True) for dtype in (torch.float32, torch.float64)}
     codes, exact = (columns.round_columns(r, feedback.to(d), scale.to(d), zero.to(d), group, 2**bits - 1) for d, r in rests.items())
     assert torch.equal(codes, exact) and torch.equal(*(r.double() for r in rests.values()))
-    (found,), (rest, *_) = on_device(fused.round_columns, now, feedback, scale, zero, group, 2**bits - 1)
+    (found,), (rest, *_) = on_device(kernels, "round_columns", now, feedback, scale, zero, group, 2**bits - 1)
     assert torch.equal(found, codes)
     assert torch.equal(rest, rests[torch.float32])
 
 
 @pytest.mark.parametrize("block", [128, 300])
-def test_the_sweep_rounds_every_target_to_its_nearest_code(block):
+def test_the_sweep_rounds_every_target_to_its_nearest_code(block, kernels):
     g = torch.Generator().manual_seed(0)
     now = torch.randn(block, OUT, generator=g)
     feedback = torch.eye(block) + torch.triu(torch.randn(block, block, generator=g), 1) / block**0.5
     scale, zero = torch.rand(4, OUT, generator=g) * 0.2 + 0.1, torch.randint(0, 16, (4, OUT), generator=g).float()
     group = torch.arange(block) // 30 % 4
-    (codes,), (rest, *_) = on_device(fused.round_columns, now, feedback, scale, zero, group, 15)
+    (codes,), (rest, *_) = on_device(kernels, columns.round_columns, now, feedback, scale, zero, group, 15)
 
     # the same sweep in float64, with the kernel's codes
     target, step, centre = now.double(), scale[group].double(), zero[group].double()
@@ -84,7 +104,7 @@ def test_the_sweep_rounds_every_target_to_its_nearest_code(block):
 
 @pytest.mark.parametrize("block", [1, 48, 128])
 @pytest.mark.parametrize(("bits", "sym"), WIDTHS)
-def test_the_descent_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block):
+def test_the_descent_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block, kernels):
     g = torch.Generator().manual_seed(block)
     scale, zero = (t[0] for t in grids(bits, sym, 1, g))
     upper = sparse(block, g)
@@ -97,21 +117,21 @@ def test_the_descent_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, 
     changes = [descent.descend_columns(moved[d], slopes[d], scale.to(d), zero.to(d), 2**bits - 1, damped.to(d)).double() for d in slopes]
     assert torch.equal(*changes) and torch.equal(*(s.double() for s in slopes.values()))
     assert block == 1 or (moved[torch.float32] != codes).any()
-    (change,), (after, left, *_) = on_device(fused.descend_columns, codes, slope, scale, zero, 2**bits - 1, damped)
+    (change,), (after, left, *_) = on_device(kernels, "descend_columns", codes, slope, scale, zero, 2**bits - 1, damped)
     assert torch.equal(after, moved[torch.float32])
     assert torch.equal(left, slopes[torch.float32])
     assert torch.equal(change.double(), changes[0])
 
 
 @pytest.mark.parametrize(("bits", "length", "smallest_zero"), [(2, 32, None), (3, 16, 1), (4, 100, None), (4, 300, 0), (8, 32, 1)])
-def test_the_search_finds_what_its_twin_finds(bits, length, smallest_zero):
+def test_the_search_finds_what_its_twin_finds(bits, length, smallest_zero, kernels):
     g = torch.Generator().manual_seed(bits)
     weights = torch.randn(2, length, OUT, generator=g) * torch.logspace(-9, 3, OUT)
     weights[0, :, :3] = 0
     weights[1, :, 5] = weights[1, :, 5].abs()
     importance = torch.rand(2, length, generator=g)
     arguments = weights, importance, 2**bits - 1, smallest_zero
-    found, _ = on_device(fused.search, *arguments)
+    found, _ = on_device(kernels, "search", *arguments)
     expected = scales.search(*arguments)
 
     def error(scale, zero):
@@ -139,21 +159,49 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_layer_solved_by_kernels_is_the_layer_solved_without(way, monkeypatch):
+def test_a_layer_solved_by_kernels_is_the_layer_solved_without(way, kernels):
     fields = {"bits": 4, "group_size": 48, "damp_percent": 0.05, "rows": OUT} | WAYS[way]
     weight, hessian = problem(144, fields.pop("rows"))
     config = QuantizeConfig(**fields)
     factor = factorize(hessian, config, "layer", 600)
     plain = solve(weight, factor, config)
-    kernels = {name: Mock(wraps=getattr(fused, name)) for name in ("search", "round_columns", "descend_columns")}
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(fused, name, kernel)
-    monkeypatch.setattr(dispatch, "runs_on", lambda device: True)
-    there = {name: value.to(DEVICE) for name, value in vars(factor).items() if isinstance(value, torch.Tensor)}
-    solved = solve(weight.to(DEVICE), replace(factor, **there), config)
-    assert {name for name, kernel in kernels.items() if not kernel.called} == (set() if config.descent else {"descend_columns"})
+    module, device = kernels
+    called = Mock(wraps=module)
+    with given_to(called):
+        there = {name: value.to(device) for name, value in vars(factor).items() if isinstance(value, torch.Tensor)}
+        solved = solve(weight.to(device), replace(factor, **there), config)
+    assert called.search.called and called.round_columns.called
+    assert called.descend_columns.called == bool(config.descent)
     assert (solved.codes.cpu() != plain.codes).double().mean() < 0.01
     torch.testing.assert_close(solved.loss.cpu().sum(), plain.loss.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_block_is_booked_as_by_the_twin(dtype, kept):
+    if not dispatch.compiles():
+        pytest.skip("no C compiler")
+    g = torch.Generator().manual_seed(0)
+    target, left = torch.randn(100, OUT, generator=g), torch.randn(40, OUT, generator=g)
+    here, group = torch.randperm(100, generator=g)[:40], torch.randint(0, 3, (40,), generator=g)
+    scale, zero = grids(4, False, 3, g)
+    found = torch.randint(0, 16, (40, OUT), dtype=torch.uint8, generator=g)
+    diagonal = torch.rand(40, generator=g)
+
+    def booked(module):
+        codes, loss = torch.zeros(100, OUT, dtype=torch.uint8), torch.ones(OUT)
+        delta, errors = torch.zeros(40, OUT, dtype=dtype), torch.zeros(40, OUT, dtype=dtype) if kept else None
+        with given_to(module):
+            columns.settle(found, left.clone(), target, here, scale, zero, group, diagonal, codes, delta, errors, loss)
+        return codes, delta, loss, *([errors] if kept else [])
+
+    ours, twins = booked(compiled), booked(None)
+    assert torch.equal(ours[0], twins[0]) and (ours[0][here] == found).all()
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}  # next to a tie, of bfloat16 the next number
+    for one, other in zip(ours[1:], twins[1:], strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+    exact = (target[here] - (found - zero[group]) * scale[group]).flip(0)
+    assert (ours[1].double() - exact).abs().max() <= 2**-8 * exact.abs().max() + 1e-6
 
 
 COMPILE = """
@@ -185,6 +233,7 @@ print("compiled")
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(request, tmp_path, monkeypatch):
     """The compiler wants more than the interpreter. Products and sums stay apart, divisions are true, nothing leaves the registers."""
+    pytest.importorskip("triton", reason="Triton is not installed: it is to be had for Linux")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=request.config.rootpath, capture_output=True, text=True)
