@@ -37,7 +37,9 @@ SIGNATURES = {
     "descend_columns": (
         _pointer, _long, _pointer, _long, _pointer, _pointer, _float, _pointer, _long, _pointer, _long, _long, _long,
     ),
-    "errors": (_pointer, _long, _pointer, _pointer, _pointer, _float, _pointer, _long, _long, _long),
+    "search": (
+        _pointer, _long, _pointer, _long, _long, ctypes.c_int, _float, _float, _pointer, _pointer, _long, _pointer, _long, *[_pointer] * 2,
+    ),
 }  # fmt: skip
 
 
@@ -146,21 +148,15 @@ def search(
     smallest_zero: int | None,
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
     """scales.search."""
-    return twin.search_with(_errors, weights, importance, max_code, smallest_zero)
-
-
-def _errors(
-    weights: Float[Tensor, "columns out"],
-    importance: Float[Tensor, " columns"],
-    scale: Float[Tensor, "candidates out"],
-    zero: Float[Tensor, "candidates out"],
-    max_code: int,
-) -> Float[Tensor, "candidates out"]:
-    weights = weights if weights.stride(1) == 1 else weights.contiguous()
-    importance, scale, zero = importance.contiguous(), scale.contiguous(), zero.contiguous()
-    (columns, out), error = weights.shape, torch.empty_like(scale)
-    library().errors(
-        weights.data_ptr(), weights.stride(0), importance.data_ptr(), scale.data_ptr(), zero.data_ptr(), max_code,
-        error.data_ptr(), columns, scale.shape[0], out,
-    )  # fmt: skip
-    return error
+    weights = weights if weights.stride(2) == 1 else weights.contiguous()
+    (groups, columns, out), importance = weights.shape, importance.contiguous()
+    shares, shifts = (t.contiguous() for t in twin.coarse_candidates(smallest_zero is None).unbind(1))
+    offsets = twin.fine_offsets()
+    scales, zeros = torch.empty(2, groups, out)
+    for g in range(groups):
+        library().search(
+            weights[g].data_ptr(), weights.stride(1), importance[g].data_ptr(), columns, out, smallest_zero is None, smallest_zero or 0,
+            max_code, shares.data_ptr(), shifts.data_ptr(), len(shares), offsets.data_ptr(), len(offsets), scales[g].data_ptr(),
+            zeros[g].data_ptr(),
+        )  # fmt: skip
+    return scales, zeros

@@ -215,7 +215,7 @@ def _search(
     WAYS: tl.constexpr = 2 if SYM else 3
     SPACING: tl.constexpr = (MOST - LEAST) / (COARSE - 1)
     best = tl.full([TILE], float("inf"), tl.float32)
-    chosen, zero_point = tl.full([TILE], 1.0, tl.float32), tl.zeros([TILE], tl.float32)
+    chosen, zero_point = tl.full([TILE], float("nan"), tl.float32), tl.zeros([TILE], tl.float32)  # stays so where no error is a number
     share, around = tl.full([TILE], 1.0, tl.float32), tl.full([TILE], 1.0, tl.float32)
     for candidate in range(COARSE * WAYS + 2 * (FINE - 1)):
         way, fine = candidate % WAYS, candidate - COARSE * WAYS

@@ -4,6 +4,7 @@
    Outputs do not depend on each other. They go through in tiles that fit into registers, `width` of them; all but the last tile of a
    layer are WIDTH wide, which the compiler knows and unrolls for. */
 
+#include <math.h>
 #include <stdint.h>
 
 enum { WIDTH = 64, NARROW = 32, LARGEST_BLOCK = 128 };
@@ -138,17 +139,57 @@ void descend_columns(
     }
 }
 
-INLINE void errors_tile(
-    long width, const float *weights, long stride, const float *importance, const float *scales, const float *zeros,
-    float max_code, float *errors, long columns, long candidates, long out)
+/* scales.float16_exact: as float16 will hold it, never 0. */
+INLINE float float16_exact(float scale)
 {
-    for (long c = 0; c < candidates; c++) {
-        float scale[NARROW], inverse[NARROW], lowest[NARROW], highest[NARROW], error[NARROW];
+    const float smallest = 0x1p-24f, smallest_normal = 0x1p-14f, largest = 65504.0f, to_steps = 0.75f; /* whose last bit is 2^-24 */
+    union { float number; uint32_t bits; } as = { fabsf(scale) };
+    float magnitude = as.number == 0 ? 1 : as.number < smallest ? smallest : as.number;
+    as.number = magnitude;
+    as.bits = (as.bits + 0xfff + ((as.bits >> 13) & 1)) & ~(uint32_t)0x1fff; /* 11 bits, halves to even */
+    float rounded = magnitude < smallest_normal ? (magnitude + to_steps) - to_steps : as.number;
+    return copysignf(rounded > largest ? INFINITY : rounded, scale);
+}
+
+INLINE void search_tile(
+    long width, const float *weights, long stride, const float *importance, long columns, int symmetric, float smallest_zero,
+    float max_code, const float *shares, const float *shifts, long coarse, const float *offsets, long fine, float *scales, float *zeros)
+{
+    float low[NARROW], high[NARROW], base[NARROW], middle[NARROW], best[NARROW], chosen[NARROW], centre[NARROW], found[NARROW], around[NARROW];
+    EACH_OUTPUT low[r] = high[r] = weights[r];
+    for (long i = 1; i < columns; i++)
         EACH_OUTPUT {
-            scale[r] = scales[c * out + r];
+            float weight = weights[i * stride + r];
+            low[r] = weight < low[r] ? weight : low[r];
+            high[r] = weight > high[r] ? weight : high[r];
+        }
+    EACH_OUTPUT {
+        if (!symmetric) {
+            low[r] = low[r] > 0 ? 0 : low[r];
+            high[r] = high[r] < 0 ? 0 : high[r];
+        }
+        base[r] = symmetric ? (-low[r] > high[r] ? -low[r] : high[r]) / ((max_code + 1) / 2) : (high[r] - low[r]) / max_code;
+        middle[r] = symmetric ? 0 : (high[r] + low[r]) / 2;
+        best[r] = INFINITY;
+        chosen[r] = NAN; /* what it stays where no error is a number */
+        found[r] = 1;
+        centre[r] = 0;
+    }
+    for (long c = 0; c < coarse + fine; c++) {
+        float share[NARROW], scale[NARROW], inverse[NARROW], zero[NARROW], lowest[NARROW], highest[NARROW], error[NARROW];
+        if (c == coarse)
+            EACH_OUTPUT around[r] = found[r];
+        EACH_OUTPUT {
+            share[r] = c < coarse ? shares[c] : copysignf(fabsf(around[r]) + offsets[c - coarse], around[r]);
+            scale[r] = float16_exact(share[r] * base[r]);
             inverse[r] = 1 / scale[r];
-            lowest[r] = -zeros[c * out + r];
-            highest[r] = max_code + lowest[r];
+            zero[r] = (max_code + 1) / 2;
+            if (!symmetric) { /* the middle of the range falls on the middle of the codes */
+                zero[r] = nearest(max_code / 2 - middle[r] / scale[r], -2 * max_code, 2 * max_code) + (c < coarse ? shifts[c] : 0);
+                zero[r] = zero[r] < smallest_zero ? smallest_zero : zero[r] > max_code ? max_code : zero[r];
+            }
+            lowest[r] = -zero[r];
+            highest[r] = max_code - zero[r];
             error[r] = 0;
         }
         for (long i = 0; i < columns; i++)
@@ -157,19 +198,35 @@ INLINE void errors_tile(
                 float off = weight - nearest(weight * inverse[r], lowest[r], highest[r]) * scale[r];
                 error[r] += importance[i] * (off * off);
             }
-        EACH_OUTPUT errors[c * out + r] = error[r];
+        EACH_OUTPUT { /* the first of equals */
+            int better = error[r] < best[r];
+            best[r] = better ? error[r] : best[r];
+            chosen[r] = better ? scale[r] : chosen[r];
+            centre[r] = better ? zero[r] : centre[r];
+            found[r] = better ? share[r] : found[r];
+        }
+    }
+    EACH_OUTPUT {
+        scales[r] = chosen[r];
+        zeros[r] = centre[r];
     }
 }
 
-/* scales.errors of one group: weights (columns, out); scales, zeros and errors (candidates, out). */
-void errors(
-    const float *weights, long stride, const float *importance, const float *scales, const float *zeros,
-    float max_code, float *errors, long columns, long candidates, long out)
+/* scales.search of one group: weights (columns, out). Candidates are `coarse` pairs of shares and shifts, then, around the best of
+   those, `fine` offsets of its share. */
+void search(
+    const float *weights, long stride, const float *importance, long columns, long out, int symmetric, float smallest_zero,
+    float max_code, const float *shares, const float *shifts, long coarse, const float *offsets, long fine, float *scales, float *zeros)
 {
     for (long r = 0; r < out; r += NARROW) {
-        if (out - r >= NARROW)
-            errors_tile(NARROW, weights + r, stride, importance, scales + r, zeros + r, max_code, errors + r, columns, candidates, out);
+        if (out - r < NARROW)
+            search_tile(out - r, weights + r, stride, importance, columns, symmetric, smallest_zero, max_code, shares, shifts, coarse,
+                        offsets, fine, scales + r, zeros + r);
+        else if (symmetric)
+            search_tile(NARROW, weights + r, stride, importance, columns, 1, 0, max_code, shares, shifts, coarse,
+                        offsets, fine, scales + r, zeros + r);
         else
-            errors_tile(out - r, weights + r, stride, importance, scales + r, zeros + r, max_code, errors + r, columns, candidates, out);
+            search_tile(NARROW, weights + r, stride, importance, columns, 0, smallest_zero, max_code, shares, shifts, coarse,
+                        offsets, fine, scales + r, zeros + r);
     }
 }

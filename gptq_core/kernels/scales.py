@@ -6,8 +6,6 @@ longer side. Asymmetric: the range shrinks around its middle, and the zero is tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,46 +29,36 @@ def search(
     kernels = dispatch.kernels(weights, importance)
     if kernels:
         return kernels.search(weights, importance, max_code, smallest_zero)
-    return search_with(errors, weights, importance, max_code, smallest_zero)
-
-
-Errors = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""`errors`, or a kernel in its place."""
-
-
-def search_with(errors: Errors, weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
-    """`search`, with the errors of candidates computed by `errors`."""
-    found = [_search(errors, w, h, max_code, smallest_zero) for w, h in zip(weights, importance, strict=True)]
+    found = [_search(w, h, max_code, smallest_zero) for w, h in zip(weights, importance, strict=True)]
     return torch.stack([scales for scales, _ in found]), torch.stack([zeros for _, zeros in found])
 
 
-def errors(
-    weights: Float[Tensor, "columns out"],
-    importance: Float[Tensor, " columns"],
-    scale: Float[Tensor, "candidates out"],
-    zero: Float[Tensor, "candidates out"],
-    max_code: int,
-) -> Float[Tensor, "candidates out"]:
-    """Σ importance · (w - w~)² over the columns of one group, for each candidate and output."""
-    lowest, highest = -zero, max_code - zero
-    error, buffer = torch.empty_like(scale), torch.empty_like(weights)
-    for each in range(scale.shape[0]):
-        code = torch.div(weights, scale[each], out=buffer).round_()
-        torch.clamp(code, lowest[each], highest[each], out=code)
-        torch.mv(torch.addcmul(weights, code, scale[each], value=-1, out=code).square_().T, importance, out=error[each])
-    return error
+def coarse_candidates(symmetric: bool) -> Float[Tensor, "candidates 2"]:
+    """(share of the scale that covers the extreme, its sign that of the scale; steps by which the zero is moved) of each candidate."""
+    signs, shifts = ((1.0, -1.0), (0,)) if symmetric else ((1.0,), (-1, 0, 1))
+    spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
+    return torch.tensor([
+        (sign * (SMALLEST_SHARE + step * spacing), shift) for step in range(COARSE_STEPS) for sign in signs for shift in shifts
+    ])  # fmt: skip
 
 
-def _search(errors: Errors, weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
+def fine_offsets() -> Float[Tensor, " candidates"]:
+    """What is added to the best coarse share, the zero where its own scale puts it."""
+    spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
+    return torch.tensor([side * step / FINE_STEPS * spacing for step in range(1, FINE_STEPS) for side in (-1, 1)])
+
+
+def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
     """One group: (columns, out) and (columns,) to two of (out,)."""
     low, high = weights.amin(0), weights.amax(0)
     if smallest_zero is None:
-        base, signs, shifts = torch.maximum(-low, high) / ((max_code + 1) // 2), (1.0, -1.0), (0,)
+        base = torch.maximum(-low, high) / ((max_code + 1) // 2)
         middle = torch.zeros_like(base)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
-        base, signs, shifts = (high - low) / max_code, (1.0,), (-1, 0, 1)
+        base = (high - low) / max_code
         middle = (high + low) / 2
+    buffer = torch.empty_like(weights)
 
     def least(shares: Tensor, shift: Tensor, *rivals: Tensor) -> tuple[Tensor, ...]:
         """(error, scale, zero, share) of the best candidate of each output, `rivals` among them; shares (candidates, out)."""
@@ -79,17 +67,20 @@ def _search(errors: Errors, weights: Tensor, importance: Tensor, max_code: int, 
             zero = torch.full_like(scale, (max_code + 1) // 2)
         else:  # the middle of the range falls on the middle of the codes
             zero = torch.round(max_code / 2 - middle / scale).add_(shift).clamp_(smallest_zero, max_code)
-        every = [errors(weights, importance, scale, zero, max_code), scale, zero, shares]
+        lowest, highest, error = -zero, max_code - zero, torch.empty_like(scale)
+        for each in range(scale.shape[0]):
+            code = torch.div(weights, scale[each], out=buffer).round_()
+            torch.clamp(code, lowest[each], highest[each], out=code)
+            torch.mv(torch.addcmul(weights, code, scale[each], value=-1, out=code).square_().T, importance, out=error[each])
+        every = [error, scale, zero, shares]
         if rivals:
             every = [torch.cat([one.unsqueeze(0), others]) for one, others in zip(rivals, every, strict=True)]
         best = every[0].argmin(0, keepdim=True)  # the first of equals
         return tuple(values.gather(0, best).squeeze(0) for values in every)
 
-    spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
-    coarse = [(sign * (SMALLEST_SHARE + step * spacing), shift) for step in range(COARSE_STEPS) for sign in signs for shift in shifts]
-    shares, shift = base.new_tensor(coarse).unsqueeze(2).unbind(1)  # (candidates, 1)
+    shares, shift = coarse_candidates(smallest_zero is None).to(base).unsqueeze(2).unbind(1)  # (candidates, 1)
     found = least(shares.expand(-1, base.numel()), shift)
-    fine = base.new_tensor([side * step / FINE_STEPS * spacing for step in range(1, FINE_STEPS) for side in (-1, 1)]).unsqueeze(1)
+    fine = fine_offsets().to(base).unsqueeze(1)
     share = found[3]
     _, scale, zero, _ = least(share.sign() * (share.abs() + fine), torch.zeros_like(fine), *found)
     return scale, zero

@@ -148,6 +148,14 @@ def test_the_search_finds_what_its_twin_finds(bits, length, smallest_zero, kerne
         assert (found[0] < 0).any() and (found[0] > 0).any()
 
 
+def test_weights_that_are_no_numbers_get_no_scale(kernels):
+    weights = torch.ones(1, 16, OUT)
+    weights[0, 3, 2] = float("nan")
+    arguments = weights, torch.ones(1, 16), 15, None
+    for scale, _ in (on_device(kernels, "search", *arguments)[0], scales.search(*arguments)):
+        assert not scale[0, 2].isfinite() and scale[0, 3:].isfinite().all()
+
+
 WAYS = {
     "tuned": {},
     "one output": {"rows": 1},
