@@ -293,15 +293,19 @@ class Quantization:
             for name, solution, report in solve_group(members, hessian, shift, self.timed):
                 solutions[name], reports[name] = solution, report
                 linear = wanted[name.removeprefix(f"{path}.")]
+                tensors[f"{name}.weight"] = linear.weight.to("meta")  # its pages leave now, not with the block
                 linear.weight.data = solution.weight(self.dtype)
                 if linear.bias is not None:  # float16 on disk: what follows must see what a consumer will compute
                     linear.bias.data = linear.bias.half().to(self.dtype)
 
-        inputs = list(self._hidden)
+        tuned = self.config.tuning_steps > 0
+        inputs = list(self._hidden) if tuned else []
         with self.timed("forward"):
-            walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original, self.timed)
+            walk.walk(
+                block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original, self.timed, not tuned
+            )
         tuning = None
-        if self.config.tuning_steps:
+        if tuned:
             with self.timed("tuning"):
                 solutions, tuning = self._tune(index, block, wanted, solutions, inputs)
         with self.timed("pack"):
@@ -411,7 +415,8 @@ class Quantization:
         return architecture.source_name(self.decoder.model, name, self.source.__contains__) or name
 
     def _read(self, name: str) -> Tensor:
-        return self.source.read(self._source_name(name))
+        source = self._source_name(name)
+        return self.source.read_together([source])[source]
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         names = architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")
