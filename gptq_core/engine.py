@@ -30,7 +30,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_core import architecture, assembly, backends, selection, solver, walk
+from gptq_core import architecture, assembly, backends, heap, selection, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.reader import Checkpoint, file_sha256, resolve
@@ -289,6 +289,7 @@ class Quantization:
         writers = original.writers if original else ()
 
         def solve(group: walk.InputGroup, hessian: Hessian, shift: Shift | None) -> None:
+            heap.give_back()  # what the forward up to here has left
             members = [Member(f"{path}.{name}", wanted[name].weight, configs[name], name in writers) for name in group.names]
             for name, solution, report in solve_group(members, hessian, shift, self.timed):
                 solutions[name], reports[name] = solution, report
