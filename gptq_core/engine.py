@@ -46,6 +46,9 @@ from gptq_core.tuning import tune
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
+LARGE_GROUP = 4096
+"""Inputs from which solving takes so much memory and time that the heap's free pages are given back before: the forward that follows
+must fault them in again, which on a small model is a tenth of the whole run."""
 PROBE_TOKENS = 16
 """Of the window that shows which linears receive the same inputs: what a block does, not what it makes of these tokens."""
 
@@ -289,7 +292,8 @@ class Quantization:
         writers = original.writers if original else ()
 
         def solve(group: walk.InputGroup, hessian: Hessian, shift: Shift | None) -> None:
-            heap.give_back()  # what the forward up to here has left
+            if self.device.type == "cpu" and group.in_features >= LARGE_GROUP:
+                heap.give_back()  # what the forward up to here has left
             members = [Member(f"{path}.{name}", wanted[name].weight, configs[name], name in writers) for name in group.names]
             for name, solution, report in solve_group(members, hessian, shift, self.timed):
                 solutions[name], reports[name] = solution, report
