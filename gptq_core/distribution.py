@@ -14,7 +14,7 @@ def distribution(solution: Solution, bits: int) -> dict[str, Any]:
 
     counts[i] is the number of scales s with floor(log2 |s|) = first_octave + i; scales of zero are not counted.
     """
-    codes = torch.bincount(solution.codes.flatten().int(), minlength=2**bits).tolist()
+    codes = torch.bincount(solution.codes.flatten(), minlength=2**bits).tolist()
     magnitudes = solution.scales.float().abs()
     octaves = torch.log2(magnitudes[magnitudes > 0]).floor().int()
     if not octaves.numel():

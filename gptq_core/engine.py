@@ -30,7 +30,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_core import architecture, assembly, backends, selection, solver, walk
+from gptq_core import architecture, assembly, backends, heap, selection, solver, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.reader import Checkpoint, file_sha256, resolve
@@ -47,6 +47,9 @@ from gptq_core.tuning import tune
 
 TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
 """Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
+LARGE_GROUP = 4096
+"""Inputs from which solving takes so much memory and time that the heap's free pages are given back before: the forward that follows
+must fault them in again, which on a small model is a tenth of the whole run."""
 PROBE_TOKENS = 16
 """Of the window that shows which linears receive the same inputs: what a block does, not what it makes of these tokens."""
 
@@ -290,19 +293,25 @@ class Quantization:
         writers = original.writers if original else ()
 
         def solve(group: walk.InputGroup, hessian: Hessian, shift: Shift | None) -> None:
+            if self.device.type == "cpu" and group.in_features >= LARGE_GROUP:
+                heap.give_back()  # what the forward up to here has left
             members = [Member(f"{path}.{name}", wanted[name].weight, configs[name], name in writers) for name in group.names]
             for name, solution, report in solve_group(members, hessian, shift, self.timed):
                 solutions[name], reports[name] = solution, report
                 linear = wanted[name.removeprefix(f"{path}.")]
+                tensors[f"{name}.weight"] = linear.weight.to("meta")  # its pages leave now, not with the block
                 linear.weight.data = solution.weight(self.dtype)
                 if linear.bias is not None:  # float16 on disk: what follows must see what a consumer will compute
                     linear.bias.data = linear.bias.half().to(self.dtype)
 
-        inputs = list(self._hidden)
+        tuned = self.config.tuning_steps > 0
+        inputs = list(self._hidden) if tuned else []
         with self.timed("forward"):
-            walk.walk(block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original, self.timed)
+            walk.walk(
+                block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original, self.timed, not tuned
+            )
         tuning = None
-        if self.config.tuning_steps:
+        if tuned:
             with self.timed("tuning"):
                 solutions, tuning = self._tune(index, block, wanted, solutions, inputs)
         with self.timed("pack"):
@@ -412,7 +421,8 @@ class Quantization:
         return architecture.source_name(self.decoder.model, name, self.source.__contains__) or name
 
     def _read(self, name: str) -> Tensor:
-        return self.source.read(self._source_name(name))
+        source = self._source_name(name)
+        return self.source.read_together([source])[source]
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         names = architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")

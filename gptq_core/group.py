@@ -55,7 +55,7 @@ def _solve_alike(
     members: list[Member], hessian: Tensor, shift: Shift | None, tokens: int, timed: Stages, factorize: Factorize
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
     config = members[0].config
-    weights = torch.cat([member.weight for member in members])  # (out of all members, in)
+    weights = torch.cat([member.weight for member in members]) if len(members) > 1 else members[0].weight  # (out of all members, in)
     fallback = None
     try:
         with timed("factor"):

@@ -243,12 +243,14 @@ def walk(
     true_sequential: bool,
     original: Original | None = None,
     timed: Stages | None = None,
+    once: bool = False,
 ) -> None:
     """Quantize a block and replace `hidden_states` by its outputs; with `original`, its hidden states likewise.
 
     `solve` receives each group and its Hessian and must write the quantized weights into the modules. With `true_sequential`
     it is called group by group inside one forward of every batch; without, all Hessians come from one pass with the original
     weights, and a second pass computes the outputs. `timed` measures the stages hessian and shift; the rest is the forward.
+    `once`: nobody wants the block's weights after the walk, so each may be given up when the last batch has passed its linear.
     """
     timed = timed or Stages(hidden_states[0].device)
     hessians: dict[int, Hessian] = {}
@@ -277,6 +279,8 @@ def walk(
         return hook
 
     handles = [linears[name].register_forward_pre_hook(stage(number, group)) for number, group in enumerate(groups) for name in group.names]
+    if once and true_sequential:
+        handles += [_given_up_after(len(hidden_states), linear) for linear in linears.values()]
     if original is not None:
         handles += original.hooks(groups, linears)
     try:
@@ -307,6 +311,17 @@ def walk(
         for number in sorted(hessians):
             solve(groups[number], hessians.pop(number), shifts.pop(number, None))
         run(block, hidden_states, calls)
+
+
+def _given_up_after(passes: int, linear: nn.Linear) -> RemovableHandle:
+    """A hook that releases the weight of a linear after so many forwards. One that some batch goes around keeps it."""
+    left = itertools.count(passes - 1, -1)
+
+    def hook(module: nn.Module, _args: tuple[Any, ...], _output: Tensor) -> None:
+        if next(left) == 0:
+            module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+
+    return linear.register_forward_hook(hook)
 
 
 @dataclass

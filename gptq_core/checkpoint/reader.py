@@ -98,11 +98,11 @@ class Checkpoint:
             return self._files[file].get_tensor(name)
 
     def read_together(self, names: list[str]) -> dict[str, Tensor]:
-        """Tensors by name, as stored, on the CPU: through a mapping of the file of their own, so that its pages leave with them."""
+        """Tensors by name, as stored, on the CPU: each through a mapping of the file of its own, so that its pages leave with it."""
         found: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self._file(name) for name in names):
-            with safe_open(self.folder / file, "pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in names if self._where[name] == file}
+        for name in names:
+            with safe_open(self.folder / self._file(name), "pt") as opened:
+                found[name] = opened.get_tensor(name)
         return found
 
     def _file(self, name: str) -> str:

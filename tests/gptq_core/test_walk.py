@@ -105,6 +105,32 @@ def test_quantized_weights_are_seen_downstream_only_with_true_sequential():
         assert traces == {"0": 4.0, "1": 16.0 if true_sequential else 4.0}
 
 
+def test_a_weight_is_given_up_when_the_last_batch_has_passed_unless_it_is_wanted():
+    block = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    linears, groups = {"0": block[0], "1": block[1]}, [walk.InputGroup(("0",), 4), walk.InputGroup(("1",), 4)]
+    calls, entering = {1: walk.Call((), {}, 1)}, [torch.ones(1, 3, 4), torch.randn(1, 3, 4)]
+    expected = [block(hidden) for hidden in entering]
+    for once in (False, True):
+        hidden, seen = list(entering), []
+
+        def solve(_group, _hessian, _shift, seen=seen):
+            seen.append([linear.weight.is_meta for linear in linears.values()])
+
+        walk.walk(block, linears, groups, hidden, calls, solve, True, once=once)
+        assert seen == [[False, False], [once, False]] and block[1].weight.is_meta == once
+        torch.testing.assert_close(hidden, expected)
+
+
+def test_a_weight_that_a_batch_goes_around_stays():
+    block = Routed()
+    linears = {name: module for name, module in block.named_modules() if name}
+    groups = [walk.InputGroup((name,), 8) for name in linears]
+    hidden = [torch.full((1, 4, 8), sign) for sign in (1.0, -1.0)]
+    walk.walk(block, linears, groups, hidden, {1: walk.Call((), {}, 1)}, lambda *_: None, True, once=True)
+    assert [linear.weight.is_meta for linear in linears.values()] == [False, False, True]
+    assert not any(linear._forward_hooks for linear in linears.values())
+
+
 def test_arguments_that_depend_on_the_tokens_are_refused():
     class Block(nn.Module):
         def forward(self, hidden, extra):
