@@ -56,7 +56,7 @@ def _solve_alike(
 ) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
     config = members[0].config
     weights = torch.cat([member.weight for member in members]) if len(members) > 1 else members[0].weight  # (out of all members, in)
-    fallback = None
+    prepared = damp_percent = failed_attempts = fallback = None
     try:
         with timed("factor"):
             factor = factorize(hessian, config, " + ".join(member.name for member in members), tokens)
@@ -64,14 +64,19 @@ def _solve_alike(
         if shift is not None:
             with timed("shift"):
                 target = shifted(members, weights, hessian, shift, tokens)
-        solved = solver.solve(target, factor, config, timed, solver.products_dtype(weights.dtype, weights.device))
+        with timed("sweep"):
+            prepared = solver.prepare(factor, config, solver.products_dtype(weights.dtype, weights.device))
+        damp_percent, failed_attempts = factor.damp_percent, factor.failed_attempts
+        del factor  # what the rows need of it is in `prepared`, often in half the bytes
+        solved = solver.solve_prepared(target, prepared, config, timed)
     except FactorizationError as error:
         if config.on_failure != "round":
             raise
-        factor, fallback = None, str(error)
+        prepared = damp_percent = failed_attempts = None
+        fallback = str(error)
         solved = solver.round_to_nearest(weights, config)
     parts = [(weight, solved.rows(*span)) for weight, span in zip(weights.split(_rows(members)), _spans(members), strict=True)]
-    for member, (weight, solution), (loss, error, finite) in zip(members, parts, _figures(parts, factor), strict=True):
+    for member, (weight, solution), (loss, error, finite) in zip(members, parts, _figures(parts, prepared), strict=True):
         if not finite:
             raise FactorizationError(f"{member.name}: scales are not finite; its weights are not finite or exceed float16")
         report = {
@@ -81,10 +86,10 @@ def _solve_alike(
             "in_features": weight.shape[1],
             "out_features": weight.shape[0],
             "loss": loss,
-            "relative_error": error if factor else None,
+            "relative_error": error if prepared else None,
             "tokens": tokens,
-            "damp_percent": factor.damp_percent if factor else None,
-            "failed_attempts": factor.failed_attempts if factor else None,
+            "damp_percent": damp_percent,
+            "failed_attempts": failed_attempts,
             "fallback": fallback,
         }
         yield member.name, solution, report
@@ -100,16 +105,13 @@ def _spans(members: list[Member]) -> list[tuple[int, int]]:
     return list(zip([0, *stops[:-1]], stops, strict=True))
 
 
-def _figures(parts: list[tuple[Tensor, solver.Solution]], factor: Factor | None) -> list[list[float]]:
+def _figures(parts: list[tuple[Tensor, solver.Solution]], prepared: solver.Prepared | None) -> list[list[float]]:
     """[loss, relative error, whether all scales are finite] of each part, fetched from a GPU together."""
-    found = [
-        torch.stack([
-            solution.loss.double().sum(),
-            solver.relative_error(weight, solution.loss, factor) if factor else solution.loss.new_zeros((), dtype=torch.float64),
-            solution.scales.isfinite().all().double(),
-        ])
-        for weight, solution in parts
-    ]  # fmt: skip
+    found = []
+    for weight, solution in parts:
+        loss = solution.loss.double().sum()
+        error = solver.relative_error(weight, solution.loss, prepared.hessian, prepared.damp) if prepared else torch.zeros_like(loss)
+        found.append(torch.stack([loss, error, solution.scales.isfinite().all().double()]))
     return torch.stack(found).tolist()
 
 

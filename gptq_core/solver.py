@@ -87,8 +87,13 @@ def solve(
     """
     timed = timed or Stages(weight.device)
     with timed("sweep"):
-        shared = _Shared.of(factor, config, products or factor.lower.dtype)
-    parts = _in_threads(weight, lambda part, own: _solve_rows(part, factor, shared, config, own), timed)
+        prepared = prepare(factor, config, products)
+    return solve_prepared(weight, prepared, config, timed)
+
+
+def solve_prepared(weight: Float[Tensor, "out columns"], prepared: Prepared, config: QuantizeConfig, timed: Stages) -> Solution:
+    """`solve` with what `prepare` made of the factor for this config."""
+    parts = _in_threads(weight, lambda part, own: _solve_rows(part, prepared, config, own), timed)
     if len(parts) == 1:
         return parts[0]
     codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("codes", "scales", "zeros"))
@@ -141,25 +146,37 @@ class Block:
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """What all rows of a weight share, the operands of the tall products in their dtype."""
+class Prepared:
+    """What all rows of a weight are solved with. Of L no more than its blocks and the operand of the tall products: where that is of
+    another dtype, a factor that nobody else holds is free to go."""
 
+    order: Int[Tensor, " n"]
+    """Factor.order."""
     blocks: list[Block]
-    lower: Tensor
-    hessian: Tensor | None
-    """In the order of the descent; None where there is none."""
-    exact_hessian: Tensor | None
-    """The same, in the factor's dtype."""
+    lower: Float[Tensor, "n n"]
+    """L, in the dtype of the tall products."""
+    importance: Float[Tensor, " n"]
+    """Of each column in a search for scales."""
+    damp: Float[Tensor, ""]
+    """λ."""
+    hessian: Float[Tensor, "n n"]
+    """H, columns in their original order."""
+    descended: Float[Tensor, "n n"] | None
+    """H in the order of the descent; None where there is none."""
+    coarse: Float[Tensor, "n n"] | None
+    """The same, in the dtype of the tall products."""
 
-    @staticmethod
-    def of(factor: Factor, config: QuantizeConfig, dtype: torch.dtype) -> _Shared:
-        columns = factor.order.numel()
-        hessian = factor.hessian if config.refit or config.descent else None
-        if hessian is not None and config.desc_act:
-            hessian = hessian[factor.order][:, factor.order]
-        run = columns // config.groups_of(columns) if _fits_during_sweep(config, columns) else COLUMN_BLOCK
-        coarse = None if hessian is None else hessian.to(dtype)
-        return _Shared(_blocks(factor, _block_size(columns, run), dtype), factor.lower.to(dtype), coarse, hessian)
+
+def prepare(factor: Factor, config: QuantizeConfig, products: torch.dtype | None = None) -> Prepared:
+    """products: the dtype of the operands of the tall products, where it is not the factor's."""
+    columns, products = factor.order.numel(), products or factor.lower.dtype
+    descended = factor.hessian if config.refit or config.descent else None
+    if descended is not None and config.desc_act:
+        descended = descended[factor.order][:, factor.order]
+    run = columns // config.groups_of(columns) if _fits_during_sweep(config, columns) else COLUMN_BLOCK
+    blocks = _blocks(factor, _block_size(columns, run), products)
+    lower, coarse = factor.lower.to(products), None if descended is None else descended.to(products)
+    return Prepared(factor.order, blocks, lower, _importance(factor), factor.damp, factor.hessian, descended, coarse)
 
 
 def _blocks(factor: Factor, size: int, dtype: torch.dtype) -> list[Block]:
@@ -179,43 +196,44 @@ def _fits_during_sweep(config: QuantizeConfig, columns: int) -> bool:
     return not config.static_groups and config.groups_of(columns) > 1
 
 
-def _solve_rows(weight: Tensor, factor: Factor, shared: _Shared, config: QuantizeConfig, timed: Stages) -> Solution:
+def _solve_rows(weight: Tensor, prepared: Prepared, config: QuantizeConfig, timed: Stages) -> Solution:
     """`solve` for some rows of a weight."""
     columns, groups = weight.shape[1], config.groups_of(weight.shape[1])
     size = columns // groups
-    importance = _importance(factor)
+    importance = prepared.importance
     fit = config if _fits_during_sweep(config, columns) else None
     with timed("scales"):
-        target = torch.empty_like(weight.T, dtype=factor.lower.dtype, memory_format=torch.contiguous_format).copy_(weight.T)
+        target = torch.empty_like(weight.T, dtype=importance.dtype, memory_format=torch.contiguous_format).copy_(weight.T)
         fitted = grid.Grid(target.new_empty(groups, weight.shape[0]), target.new_empty(groups, weight.shape[0]), config.max_code)
         if fit is None:
             fitted = grid.Grid(*grid.fit(target.view(groups, size, -1), importance.view(groups, size), config), config.max_code)
     # groups follow the processing order under desc_act; in every other order a column keeps its own group
     original_group = torch.arange(columns, device=weight.device) // size
     g_idx = torch.empty_like(original_group)
-    g_idx[factor.order] = original_group if config.desc_act else original_group[factor.order]
+    g_idx[prepared.order] = original_group if config.desc_act else original_group[prepared.order]
     with timed("sweep"):
-        described = shared.hessian is not None
-        codes, errors, loss = sweep(target, shared.blocks, shared.lower, g_idx, fitted, fit, importance, described, timed)
-    if shared.hessian is not None:
+        described = prepared.descended is not None
+        codes, errors, loss = sweep(target, prepared.blocks, prepared.lower, g_idx, fitted, fit, importance, described, timed)
+    if prepared.descended is not None:
         with timed("descent"):
             # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
-            place = torch.arange(columns, device=weight.device).flip(0) if config.desc_act else factor.backwards
-            slope = slope_after_sweep(shared.lower, errors, place)
-            found = codes[factor.order] if config.desc_act else codes
-            exact = shared.exact_hessian
-            loss -= descend(found, slope, fitted, exact, factor.damp, shared.hessian, scales=config.refit, passes=config.descent)
+            place = torch.arange(columns, device=weight.device).flip(0) if config.desc_act else prepared.order.flip(0)
+            slope = slope_after_sweep(prepared.lower, errors, place)
+            found = codes[prepared.order] if config.desc_act else codes
+            exact, coarse = prepared.descended, prepared.coarse
+            loss -= descend(found, slope, fitted, exact, prepared.damp, coarse, scales=config.refit, passes=config.descent)
             if config.desc_act:
-                codes[factor.order] = found
-    latents = _latents(target, codes, g_idx, fitted, factor) if config.tuning_steps else None
+                codes[prepared.order] = found
+    latents = _latents(target, codes, g_idx, fitted, prepared) if config.tuning_steps else None
     return Solution(codes, fitted.scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss, latents)
 
 
-def _latents(target: Tensor, codes: Tensor, g_idx: Tensor, fitted: grid.Grid, factor: Factor) -> Tensor:
+def _latents(target: Tensor, codes: Tensor, g_idx: Tensor, fitted: grid.Grid, prepared: Prepared) -> Tensor:
     """Each code moved towards the minimum of its own parabola, given all other codes, by at most LATENT_REACH."""
     scales = fitted.scales[g_idx]
     error = target - (codes.to(target.dtype) - fitted.zeros[g_idx]) * scales
-    reach = (factor.hessian @ error).add_(factor.damp * error).div_(factor.curvature.unsqueeze(1)).div_(scales)
+    curvature = prepared.hessian.diagonal() + prepared.damp
+    reach = (prepared.hessian @ error).add_(prepared.damp * error).div_(curvature.unsqueeze(1)).div_(scales)
     return codes.to(target.dtype) + reach.clamp_(-LATENT_REACH, LATENT_REACH)
 
 
@@ -287,10 +305,13 @@ def sweep(
     return codes, errors, loss
 
 
-def relative_error(weight: Float[Tensor, "out columns"], loss: Float[Tensor, " out"], factor: Factor) -> Float[Tensor, ""]:
-    """Loss over output power, w(H + λI)wᵀ, on evenly spaced rows; float64."""
+def relative_error(
+    weight: Float[Tensor, "out columns"], loss: Float[Tensor, " out"], hessian: Float[Tensor, "columns columns"], damp: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Loss over output power, w(H + λI)wᵀ, on evenly spaced rows; float64. hessian: H; damp: λ."""
     rows = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // POWER_ROWS), device=weight.device)
-    power = (weight[rows][:, factor.backwards].to(factor.lower.dtype) @ factor.lower).square().sum()
+    some = weight[rows].to(hessian.dtype)
+    power = ((some @ hessian).add_(damp * some) * some).sum()
     return loss[rows].double().sum() / power.double()
 
 
