@@ -214,27 +214,29 @@ def _solve_rows(weight: Tensor, prepared: Prepared, config: QuantizeConfig, time
     with timed("sweep"):
         described = prepared.descended is not None
         codes, errors, loss = sweep(target, prepared.blocks, prepared.lower, g_idx, fitted, fit, importance, described, timed)
+    del target  # as large as what comes now
     if prepared.descended is not None:
         with timed("descent"):
             # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
             place = torch.arange(columns, device=weight.device).flip(0) if config.desc_act else prepared.order.flip(0)
             slope = slope_after_sweep(prepared.lower, errors, place)
+            del errors
             found = codes[prepared.order] if config.desc_act else codes
             exact, coarse = prepared.descended, prepared.coarse
             loss -= descend(found, slope, fitted, exact, prepared.damp, coarse, scales=config.refit, passes=config.descent)
             if config.desc_act:
                 codes[prepared.order] = found
-    latents = _latents(target, codes, g_idx, fitted, prepared) if config.tuning_steps else None
+    latents = _latents(weight, codes, g_idx, fitted, prepared) if config.tuning_steps else None
     return Solution(codes, fitted.scales.half(), fitted.zeros.to(torch.uint8), g_idx.to(torch.int32), loss, latents)
 
 
-def _latents(target: Tensor, codes: Tensor, g_idx: Tensor, fitted: grid.Grid, prepared: Prepared) -> Tensor:
+def _latents(weight: Tensor, codes: Tensor, g_idx: Tensor, fitted: grid.Grid, prepared: Prepared) -> Tensor:
     """Each code moved towards the minimum of its own parabola, given all other codes, by at most LATENT_REACH."""
     scales = fitted.scales[g_idx]
-    error = target - (codes.to(target.dtype) - fitted.zeros[g_idx]) * scales
+    error = weight.T.to(scales.dtype) - (codes.to(scales.dtype) - fitted.zeros[g_idx]) * scales
     curvature = prepared.hessian.diagonal() + prepared.damp
     reach = (prepared.hessian @ error).add_(prepared.damp * error).div_(curvature.unsqueeze(1)).div_(scales)
-    return codes.to(target.dtype) + reach.clamp_(-LATENT_REACH, LATENT_REACH)
+    return codes.to(scales.dtype) + reach.clamp_(-LATENT_REACH, LATENT_REACH)
 
 
 def _importance(factor: Factor) -> Float[Tensor, " columns"]:
