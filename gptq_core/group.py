@@ -76,7 +76,9 @@ def _solve_alike(
         fallback = str(error)
         solved = solver.round_to_nearest(weights, config)
     parts = [(weight, solved.rows(*span)) for weight, span in zip(weights.split(_rows(members)), _spans(members), strict=True)]
-    for member, (weight, solution), (loss, error, finite) in zip(members, parts, _figures(parts, prepared), strict=True):
+    figures = _figures(parts, prepared)
+    del prepared  # whoever is told of a solution makes weights of it
+    for member, (weight, solution), (loss, error, finite) in zip(members, parts, figures, strict=True):
         if not finite:
             raise FactorizationError(f"{member.name}: scales are not finite; its weights are not finite or exceed float16")
         report = {
@@ -86,7 +88,7 @@ def _solve_alike(
             "in_features": weight.shape[1],
             "out_features": weight.shape[0],
             "loss": loss,
-            "relative_error": error if prepared else None,
+            "relative_error": None if fallback else error,
             "tokens": tokens,
             "damp_percent": damp_percent,
             "failed_attempts": failed_attempts,
