@@ -45,7 +45,7 @@ from gptq_core.errors import InputError
 from gptq_core.evaluation import pieces
 from gptq_core.factor import PANEL, factorize
 from gptq_core.footprint import Footprint, footprints, resident
-from gptq_core.hessian import Hessian, in_two_products, panels
+from gptq_core.hessian import Hessian, panels, products_dtype
 from gptq_core.plan import Plan
 
 FLOAT = 4
@@ -247,8 +247,7 @@ class _Costs:
         config, square, matrix, size = self.config, FLOAT * n * n, n * rows, self.dtype.itemsize
         shifts = square + FLOAT * n * residual if residual else 0
         batch = self.at_once * self.texts.seqlen * n
-        two = in_two_products(batch // n, self.dtype, self.device)
-        cast = batch * (size if two else FLOAT) if self.device.type == "cpu" and size < FLOAT else 0  # laid out anew, or cast
+        cast = batch * FLOAT if products_dtype(self.dtype, self.device) != self.dtype else 0
         adding = square + shifts + cast + (batch * size + cast if residual else 0)
         factoring = 2 * square + shifts + size * matrix + 2 * FLOAT * PANEL * n
         shifting = 5 * square + shifts + (size + 3 * FLOAT) * matrix if residual else 0
@@ -309,8 +308,7 @@ class _Costs:
         made = sum(kind.made for kind in self.kinds) / len(self.kinds) / self.texts.seqlen * self.found.selection.blocks
         pushed = self._forward(self.texts.seqlen) * self.tokens / rates.product + 2 * made * self.tokens / rates.elementwise
         judging = rates.product if self.device.type == "cuda" else rates.exact
-        two = in_two_products(min(self.at_once, self.texts.windows) * self.texts.seqlen, self.dtype, self.device)
-        in_hessians = rates.product / 2 if two else judging
+        in_hessians = rates.exact if products_dtype(self.dtype, self.device) == torch.float32 else rates.product
         found = {
             "read": self.found.original_bytes * (1 / rates.digest + 3 / rates.elementwise),
             "forward": forwards * pushed,

@@ -3,7 +3,8 @@ columns.py, descent.py and scales.py.
 
 The tensors decide, nothing is set: float32 goes to Triton on a GPU for which it can compile here, to C on a CPU for which this machine
 has a C compiler, all else to the twin. CUDA builds of torch for Linux bring Triton along; it builds a helper of its own with the
-machine's C compiler when it is first used. A run's record says which it was.
+machine's C compiler when it is first used. A run's record says which it was. Products of bfloat16 inputs, which torch's own operations
+would round, go to C where the processor has instructions for them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from gptq_core.processor import has_avx512_bf16
 
 log = logging.getLogger(__name__)
 
@@ -92,3 +95,10 @@ def compiles() -> bool:
         "again: install a C compiler (cc, gcc or clang, or CC=...), and see that XDG_CACHE_HOME or ~/.cache can be written", obstacle,
     )  # fmt: skip
     return False
+
+
+def compiles_products() -> bool:
+    """Whether products of bfloat16 inputs can be given to C: this processor has the instructions, and the compiler knows them."""
+    from gptq_core.kernels import compiled
+
+    return has_avx512_bf16() and compiles() and compiled.has_products()
