@@ -2,8 +2,9 @@
 
    total += left' right. A product of two bfloat16 numbers is exact in float32; the instruction adds those of two tokens to a float32 sum.
    Panels of the operands are laid out anew, two tokens side by side as the instruction takes them, STRETCH pairs of tokens at a time, so
-   that what is read again and again stays in the near caches; ROWS by SIDE sums stay in registers over the stretch and are then added to
-   the total. A sum's order depends on the tokens alone, not on the panel that it is in: however the work is shared, bits are the same.
+   that what is read again and again stays in the near caches. ROWS by SIDE sums stay in registers over RUN pairs, are added up over the
+   stretch and then to the total: one long sum rounds off more. Their order depends on the tokens alone, not on the panel that an entry is
+   in: however the work is shared, bits are the same.
 
    A compiler that does not know the instructions builds nothing of this, and the library has no `add_products`. */
 
@@ -15,7 +16,7 @@
 #include <immintrin.h>
 
 #define WITH_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-enum { LANES = 16, VECTORS = 3, SIDE = VECTORS * LANES, ROWS = 8, STRETCH = 256 };
+enum { LANES = 16, VECTORS = 3, SIDE = VECTORS * LANES, ROWS = 8, RUN = 64, STRETCH = 256 };
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 
@@ -39,26 +40,30 @@ WITH_BFLOAT16 static void pack(const uint16_t *inputs, long stride, long tokens,
 WITH_BFLOAT16 static void multiply(
     const uint32_t *left, const uint32_t *right, long pairs, float *total, long stride, long rows, long columns)
 {
-    __m512 sum[ROWS][VECTORS];
-    for (int i = 0; i < ROWS; i++)
-        for (int v = 0; v < VECTORS; v++)
-            sum[i][v] = _mm512_setzero_ps();
-    for (long k = 0; k < pairs; k++, left += SIDE, right += SIDE) {
-        __m512bh across[VECTORS];
-        for (int v = 0; v < VECTORS; v++)
-            across[v] = (__m512bh)_mm512_loadu_si512(right + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            __m512bh down = (__m512bh)_mm512_set1_epi32((int)left[i]);
-#pragma GCC unroll 3
+    float sums[ROWS][SIDE] = {{0}};
+    while (pairs) {
+        __m512 sum[ROWS][VECTORS];
+        for (int i = 0; i < ROWS; i++)
             for (int v = 0; v < VECTORS; v++)
-                sum[i][v] = _mm512_dpbf16_ps(sum[i][v], down, across[v]);
+                sum[i][v] = _mm512_setzero_ps();
+        const long run = least(pairs, RUN);
+        for (long k = 0; k < run; k++, left += SIDE, right += SIDE) {
+            __m512bh across[VECTORS];
+            for (int v = 0; v < VECTORS; v++)
+                across[v] = (__m512bh)_mm512_loadu_si512(right + v * LANES);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) {
+                __m512bh down = (__m512bh)_mm512_set1_epi32((int)left[i]);
+#pragma GCC unroll 3
+                for (int v = 0; v < VECTORS; v++)
+                    sum[i][v] = _mm512_dpbf16_ps(sum[i][v], down, across[v]);
+            }
         }
+        for (int i = 0; i < ROWS; i++)
+            for (int v = 0; v < VECTORS; v++)
+                _mm512_storeu_ps(sums[i] + v * LANES, _mm512_add_ps(_mm512_loadu_ps(sums[i] + v * LANES), sum[i][v]));
+        pairs -= run;
     }
-    float sums[ROWS][SIDE];
-    for (int i = 0; i < ROWS; i++)
-        for (int v = 0; v < VECTORS; v++)
-            _mm512_storeu_ps(sums[i] + v * LANES, sum[i][v]);
     for (long i = 0; i < rows; i++)
         for (long j = 0; j < columns; j++)
             total[i * stride + j] += sums[i][j];

@@ -57,8 +57,8 @@ def off(found, left, right):
     return float(((found.double() - left.T @ right / len(left)) / sizes).abs().max())
 
 
-OFF = 2**-16
-"""Products of bfloat16 inputs may be off by this; a float32 product of so many tokens comes to half of it."""
+OFF = {"c": 2**-20, "float32": 2**-18}
+"""Products of bfloat16 inputs may be off by this. MKL's float32 comes to 2^-21, the loop in C to less; others may add up worse."""
 
 
 @pytest.mark.parametrize("columns", [32, 300, 1100])
@@ -66,7 +66,7 @@ def test_products_of_bfloat16_inputs_are_not_rounded_to_it(columns, way):
     x = bfloat16_inputs(columns)
     mean = hessian_of(x[:2500].view(5, 500, columns), x[2500:])
     assert torch.equal(mean, mean.T)
-    assert off(mean, x, x) < OFF and off((x.T @ x).float() / len(x), x, x) > 50 * OFF
+    assert off(mean, x, x) < OFF[way] and off((x.T @ x).float() / len(x), x, x) > 2**-10
 
 
 def test_shifts_of_bfloat16_inputs_are_not_rounded_to_it(way):
@@ -75,7 +75,7 @@ def test_shifts_of_bfloat16_inputs_are_not_rounded_to_it(way):
     residual = torch.randn(TOKENS, 40).to(torch.bfloat16)
     shift = Shift()
     shift.add(x, original, residual)
-    assert off(shift.inputs(), original - x, x) < OFF and off(shift.residual(), residual, x) < OFF
+    assert off(shift.inputs(), original - x, x) < OFF[way] and off(shift.residual(), residual, x) < OFF[way]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 77])
@@ -99,7 +99,7 @@ def test_a_shift_of_inputs_in_bfloat16_and_a_residual_in_float32(way):
     x, residual = bfloat16_inputs(60, 100), torch.randn(100, 20)
     shift = Shift()
     shift.add(x, x + 1, residual)
-    assert off(shift.residual(), residual, x) < OFF
+    assert off(shift.residual(), residual, x) < OFF[way]
 
 
 @pytest.mark.parametrize("bits", [2, 4])
