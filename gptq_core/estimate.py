@@ -45,7 +45,7 @@ from gptq_core.errors import InputError
 from gptq_core.evaluation import pieces
 from gptq_core.factor import PANEL, factorize
 from gptq_core.footprint import Footprint, footprints, resident
-from gptq_core.hessian import Hessian, in_two_products, panels
+from gptq_core.hessian import Hessian, panels, products_dtype
 from gptq_core.plan import Plan
 
 FLOAT = 4
@@ -241,14 +241,13 @@ class _Costs:
         """Bytes to solve n inputs and so many stacked rows, H included. residual: hidden size where targets are shifted.
 
         One after another: the Hessian's sum takes in a batch; the mean, which has its place, is factored beside the stacked weights;
-        targets are shifted, with ΔC, its mean, a damped matrix, its factor and a copy of that; the rows are solved; and the weights
-        are dequantized.
+        targets are shifted, with ΔC, its mean, a damped matrix, its factor and a copy of that; the operands of the tall products are made;
+        the rows are solved; and the weights are dequantized.
         """
         config, square, matrix, size = self.config, FLOAT * n * n, n * rows, self.dtype.itemsize
         shifts = square + FLOAT * n * residual if residual else 0
         batch = self.at_once * self.texts.seqlen * n
-        two = in_two_products(batch // n, self.dtype, self.device)
-        cast = batch * (size if two else FLOAT) if self.device.type == "cpu" and size < FLOAT else 0  # laid out anew, or cast
+        cast = batch * FLOAT if products_dtype(self.dtype, self.device) != self.dtype else 0
         adding = square + shifts + cast + (batch * size + cast if residual else 0)
         factoring = 2 * square + shifts + size * matrix + 2 * FLOAT * PANEL * n
         shifting = 5 * square + shifts + (size + 3 * FLOAT) * matrix if residual else 0
@@ -258,14 +257,16 @@ class _Costs:
         beside = size * matrix + (FLOAT * matrix if residual else 0)
         kept = matrix * (1 + FLOAT * bool(config.tuning_steps)) * (2 if rows > self.chunk else 1)  # the parts are put together
         flying = self._rows_in_flight(n, min(rows, self.chunk * self.chunks_at_once), descends)
-        sweeping = 2 * square + shifts + permuted + max(coarse, permuted) + beside + kept + flying
-        writing = 2 * square + shifts + beside + (1 + size) * matrix
-        return int(max(adding, factoring, shifting, sweeping, writing))
+        preparing = 2 * square + shifts + permuted + max(coarse, permuted) + beside
+        held = square if coarse else 2 * square  # L stays where it is the operand of the tall products itself
+        sweeping = held + shifts + permuted + coarse + beside + kept + flying
+        writing = square + shifts + beside + (1 + size) * matrix
+        return int(max(adding, factoring, shifting, preparing, sweeping, writing))
 
     def _rows_in_flight(self, n: int, rows: int, descends: bool) -> float:
         """Bytes of the rows that are solved at once, their codes aside, which stay.
 
-        Of their whole length: the target, δ and the errors during the sweep; the target, errors, slope, what has moved, and under desc_act
+        Of their whole length: the target, δ and the errors during the sweep; the slope, the errors or what has moved, and under desc_act
         the codes in another order during the descent; twice the latents' parts. Of a span's, near BLOCK columns or a group: what one
         step makes. And a group's scales and zeros.
         """
@@ -273,8 +274,8 @@ class _Costs:
         span, coarse = min(n, max(BLOCK, size)), self.products.itemsize
         fitting = n if self.config.static_groups or size == n else span  # min_max looks at all groups at once
         packed = coarse if self.products != torch.float32 else 0  # oneDNN lays an operand out anew
-        swept = FLOAT + 2 * coarse + packed + FLOAT * max(STEP_TENSORS * span, fitting) / n
-        descended = 2 * FLOAT + 2 * coarse + packed + 1 + STEP_TENSORS * FLOAT * span / n if descends else 0.0
+        swept = FLOAT + (1 + descends) * coarse + packed + FLOAT * max(STEP_TENSORS * span, fitting) / n
+        descended = FLOAT + coarse + packed + 1 + STEP_TENSORS * FLOAT * span / n if descends else 0.0
         latents = 7 * FLOAT + coarse if self.config.tuning_steps else 0.0
         return n * rows * (max(swept, descended, latents) + 2 * FLOAT / size)
 
@@ -309,8 +310,7 @@ class _Costs:
         made = sum(kind.made for kind in self.kinds) / len(self.kinds) / self.texts.seqlen * self.found.selection.blocks
         pushed = self._forward(self.texts.seqlen) * self.tokens / rates.product + 2 * made * self.tokens / rates.elementwise
         judging = rates.product if self.device.type == "cuda" else rates.exact
-        two = in_two_products(min(self.at_once, self.texts.windows) * self.texts.seqlen, self.dtype, self.device)
-        in_hessians = rates.product / 2 if two else judging
+        in_hessians = rates.exact if products_dtype(self.dtype, self.device) == torch.float32 else rates.product
         found = {
             "read": self.found.original_bytes * (1 / rates.digest + 3 / rates.elementwise),
             "forward": forwards * pushed,

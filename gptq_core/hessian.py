@@ -5,13 +5,9 @@ they arrive and divided by the token count at the end. H is symmetric: only pane
 with plain GEMMs, and mirrored once when the mean is taken. On CUDA, half-precision inputs multiply on the tensor cores with a
 float32 result: a bf16 or fp16 product is exact in float32, so nothing is lost against casting first.
 
-On a CPU with instructions for bfloat16 the sums are float32 ones too, but come out rounded to bfloat16: along a direction in which large
-channels move together that noise, 2^-9, is as large as the damping. So what was rounded off is computed by a second product,
-
-    P = bf16(XᵀX),  Q = bf16(XᵀX - P),  XᵀX ≈ P + Q in float32 to 2^-17 of sqrt(H_ii H_jj),
-
-where torch's addmm subtracts P in float32 before it rounds. Two such products of many tokens cost a little less than a float32 one where
-the instructions double its rate, and no float32 copy of the inputs. Elsewhere inputs are cast first.
+On a CPU with AVX-512's instructions for bfloat16 the same is done by a loop in C (kernels/products.c): torch's own product there comes out
+rounded to bfloat16, and along a direction in which large channels move together that noise, 2^-9, is as large as the damping. Elsewhere
+inputs are cast to float32 first.
 """
 
 from __future__ import annotations
@@ -20,14 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_core.processor import multiplies_in_bfloat16
+from gptq_core.kernels import compiled, dispatch
 
 PANELS = 8
 """Column panels of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
-PANEL_WIDTHS = {"cpu": (128, 256), "cuda": (512, 2048)}
+PANEL_WIDTHS = {"cpu": (compiled.PANEL, compiled.PANEL), "cuda": (512, 2048)}
 """The narrowest and the widest."""
-TOKENS_FOR_TWO_PRODUCTS = 2048
-"""At least: of fewer, adding the products up takes longer than multiplying in bfloat16 saves."""
 
 
 class Hessian:
@@ -44,13 +38,8 @@ class Hessian:
         assert self._mean is None, "the mean was taken already"
         x = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x.shape[0]
-        if not _on_tensor_cores(x):
-            # once, not in every panel: oneDNN reads rows of a left operand as they are, and lays out columns anew each time
-            x = x.T.contiguous().T if in_two_products(len(x), x.dtype, x.device) else x.float()
-        for start, stop in self._panels:
-            below, panel = x[:, start:].T, x[:, start:stop]
-            target = self._sum[start:, start:stop]
-            _accumulate(target, below, panel)
+        x = _operand(x, products_dtype(x.dtype, x.device))  # once, not in every panel
+        _accumulate([(self._sum[start:, start:stop], x[:, start:], x[:, start:stop]) for start, stop in self._panels])
 
     def mean(self) -> Float[Tensor, "in_features in_features"]:
         """The symmetric mean (in, in), float32. It takes the place of the sum, to which nothing can be added any more."""
@@ -91,11 +80,11 @@ class Shift:
         self._tokens += x.shape[0]
         if self._inputs is None:
             self._inputs = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        _accumulate(self._inputs, (original - inputs).reshape(x.shape).T, x)
+        _add(self._inputs, (original - inputs).reshape(x.shape), x)
         if residual is not None:
             if self._residual is None:
                 self._residual = torch.zeros(residual.shape[1], x.shape[1], device=x.device)
-            _accumulate(self._residual, residual.T, x)
+            _add(self._residual, residual, x)
 
     def inputs(self) -> Float[Tensor, "in_features in_features"]:
         """ΔC, float32."""
@@ -106,29 +95,33 @@ class Shift:
         return None if self._residual is None else self._residual / self._tokens
 
 
-def _on_tensor_cores(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def in_two_products(tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a batch is multiplied in bfloat16 and what was rounded off with it; see the top."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and tokens >= TOKENS_FOR_TWO_PRODUCTS and multiplies_in_bfloat16()
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, in float32 or near it."""
-    if _on_tensor_cores(right):
-        total += torch.mm(left, right, out_dtype=torch.float32)
-    elif left.dtype == right.dtype and in_two_products(len(right), right.dtype, right.device):
-        _add_in_two_products(total, left.contiguous(), right)
+def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which inputs are multiplied; the sums are in float32 always."""
+    if device.type == "cuda":
+        kept = dtype in (torch.bfloat16, torch.float16)
     else:
-        total.addmm_(left.float(), right.float())
+        kept = device.type == "cpu" and dtype == torch.bfloat16 and dispatch.compiles_products()
+    return dtype if kept else torch.float32
 
 
-def _add_in_two_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left · right, a panel of its columns at a time."""
-    width = PANEL_WIDTHS["cpu"][1]
-    for part, columns in zip(total.split(width, dim=1), right.split(width, dim=1), strict=True):
-        product = left @ columns
-        part += product
-        part += product.addmm_(left, columns, beta=-1)  # what was rounded off
+def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ right."""
+    dtype = products_dtype(torch.promote_types(left.dtype, right.dtype), right.device)
+    _accumulate([(total, _operand(left, dtype), _operand(right, dtype))])
+
+
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    return x.contiguous() if x.is_cpu and dtype == torch.bfloat16 and x.stride(1) != 1 else x
+
+
+def _accumulate(products: list[compiled.Product]) -> None:
+    """total += leftᵀ right of each product, whose operands are in products_dtype."""
+    if products[0][2].is_cpu and products[0][2].dtype == torch.bfloat16:
+        compiled.add_products(products)
+        return
+    for total, left, right in products:
+        if right.dtype == torch.float32:
+            total.addmm_(left.T, right)
+        else:
+            total += torch.mm(left.T, right, out_dtype=torch.float32)

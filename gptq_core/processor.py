@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 
-@functools.cache
 def multiplies_in_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16; without them they are slower than in float32. An older torch,
-    which does not tell, counts as one without."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last as Arm calls it
+    """Whether this processor has instructions for products of bfloat16; without them they are slower than in float32."""
+    return any(_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last as Arm calls it
+
+
+def has_avx512_bf16() -> bool:
+    """Whether it has those among them that belong to AVX-512."""
+    return _capabilities().get("avx512_bf16", False)
+
+
+@functools.cache
+def _capabilities() -> Mapping[str, Any]:
+    """None are known of an older torch, which does not tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

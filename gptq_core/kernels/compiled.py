@@ -1,4 +1,5 @@
-"""The three innermost loops in C, for float32 on the CPU: loops.c, built once a machine by its C compiler. See dispatch.py.
+"""The three innermost loops in C, for float32 on the CPU: loops.c, built once a machine by its C compiler; and with it products.c, sums of
+products of bfloat16 inputs. See dispatch.py.
 
 A twin starts hundreds of operations a block, each of which reads and writes what the one before it wrote; here a tile of outputs stays
 in registers and the nearest cache from its first column to its last, and Python's lock is free meanwhile, so that threads run side by
@@ -12,11 +13,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,7 +29,7 @@ from torch import Tensor
 
 from gptq_core.kernels import scales as twin
 
-SOURCE = Path(__file__).with_name("loops.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("loops.c", "products.c"))
 FLAGS = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 """By what torch itself uses of a processor, so that a folder shared by machines holds a library for each kind of them."""
@@ -40,7 +44,20 @@ SIGNATURES = {
     "search": (
         _pointer, _long, _pointer, _long, _long, ctypes.c_int, _float, _float, _pointer, _pointer, _long, _pointer, _long, *[_pointer] * 2,
     ),
+    "add_products": (_pointer, _long, _pointer, _long, _pointer, _long, _pointer, _long, _long, _long),
 }  # fmt: skip
+
+SIDE, STRETCH = 48, 256
+"""As in products.c: columns of a packed panel, and pairs of tokens that it holds."""
+PANEL = 4 * SIDE
+"""Columns that are packed at once, to be multiplied with one packed panel after another: what a second cache holds."""
+PIECES = 4
+"""A thread, at least: so that none waits long for the last one."""
+WORTH_THREADS = 3e8
+"""Multiplications, about three milliseconds of one thread: from so many on starting others pays."""
+
+Product = tuple[Tensor, Tensor, Tensor]
+"""total (rows, columns) in float32, left (tokens, rows) and right (tokens, columns) in bfloat16; in all of them a row lies together."""
 
 
 @functools.cache
@@ -50,15 +67,21 @@ def library() -> ctypes.CDLL:
     Raises OSError where there is no C compiler or the cache cannot be written, subprocess.CalledProcessError where building fails.
     """
     flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((flags, platform.system(), platform.machine())).encode()).hexdigest()[:16]
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(sources + repr((flags, platform.system(), platform.machine())).encode()).hexdigest()[:16]
     path = _cache() / f"loops-{key}.so"
     if not path.exists():
         _build(path, flags)
     loaded = ctypes.CDLL(str(path))
     for name, signature in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = signature, None
+        if function := getattr(loaded, name, None):
+            function.argtypes, function.restype = signature, None
     return loaded
+
+
+def has_products() -> bool:
+    """Whether the compiler knew the instructions that products.c is written in."""
+    return hasattr(library(), "add_products")
 
 
 def _cache() -> Path:
@@ -72,7 +95,7 @@ def _build(path: Path, flags: tuple[str, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may build the same one at the same time
         made = Path(folder) / path.name
-        subprocess.run([*compiler.split(), *flags, "-o", made, SOURCE], check=True, capture_output=True, text=True)
+        subprocess.run([*compiler.split(), *flags, "-o", made, *SOURCES], check=True, capture_output=True, text=True)
         made.replace(path)
 
 
@@ -160,3 +183,39 @@ def search(
             zeros[g].data_ptr(),
         )  # fmt: skip
     return scales, zeros
+
+
+def add_products(products: Sequence[Product]) -> None:
+    """total += leftᵀ right of each product. torch's threads share the work; one of them adds up an entry of a total, in an order that
+    does not depend on their number."""
+    for total, left, right in products:
+        assert total.shape == (left.shape[1], right.shape[1]) and len(left) == len(right), (total.shape, left.shape, right.shape)
+        assert total.dtype == torch.float32 and left.dtype == right.dtype == torch.bfloat16, (total.dtype, left.dtype, right.dtype)
+        assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (total, left, right)), (total.stride(), left.stride(), right.stride())
+    entries = sum(total.numel() for total, _, _ in products)
+    threads = torch.get_num_threads() if entries * len(products[0][1]) >= WORTH_THREADS else 1
+    if threads == 1:
+        for piece in _pieces(products, max(len(total) for total, _, _ in products)):
+            _add_product(*piece)
+        return
+    height = SIDE * max(1, entries // (PIECES * threads * PANEL * SIDE))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(_add_product, *zip(*_pieces(products, height), strict=True)))
+
+
+def _pieces(products: Sequence[Product], height: int) -> Iterator[Product]:
+    """Products of at most so many rows and of PANEL columns."""
+    for total, left, right in products:
+        rows, columns = total.shape
+        for i, j in itertools.product(range(0, rows, height), range(0, columns, PANEL)):
+            down, across = slice(i, i + height), slice(j, j + PANEL)
+            yield total[down, across], left[:, down], right[:, across]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    rows, columns = total.shape
+    packed = torch.empty(STRETCH * (columns + 2 * SIDE), dtype=torch.int32)
+    library().add_products(
+        left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), total.data_ptr(), total.stride(0), packed.data_ptr(),
+        len(left), rows, columns,
+    )  # fmt: skip

@@ -3,7 +3,8 @@ columns.py, descent.py and scales.py.
 
 The tensors decide, nothing is set: float32 goes to Triton on a GPU for which it can compile here, to C on a CPU for which this machine
 has a C compiler, all else to the twin. CUDA builds of torch for Linux bring Triton along; it builds a helper of its own with the
-machine's C compiler when it is first used. A run's record says which it was.
+machine's C compiler when it is first used. A run's record says which it was. Products of bfloat16 inputs, which torch's own operations
+would round, go to C where the processor has instructions for them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from gptq_core.processor import has_avx512_bf16
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +47,10 @@ def kernels(*tensors: Tensor) -> ModuleType | None:
 
 
 def implementation(device: torch.device) -> str:
-    """What float32 is given to on a device: triton, c, or torch for the twins."""
+    """What float32 is given to on a device: triton, c, or torch for the twins; and whether bfloat16 products are given to C."""
     found = kernels(torch.empty(0, device=device))
-    return "torch" if found is None else {"fused": "triton", "compiled": "c"}[found.__name__.rpartition(".")[2]]
+    name = "torch" if found is None else {"fused": "triton", "compiled": "c"}[found.__name__.rpartition(".")[2]]
+    return f"{name} with bfloat16 products" if name == "c" and compiles_products() else name
 
 
 @functools.cache
@@ -88,7 +92,15 @@ def compiles() -> bool:
     else:
         return True
     log.warning(
-        "the solver's loops could not be compiled (%s); until then they run as many small operations, which takes about half as long "
-        "again: install a C compiler (cc, gcc or clang, or CC=...), and see that XDG_CACHE_HOME or ~/.cache can be written", obstacle,
+        "the loops in C could not be compiled (%s); until then the solver runs as many small operations, and bfloat16 inputs are summed up "
+        "in float32, both slower: install a C compiler (cc, gcc or clang, or CC=...), and see that XDG_CACHE_HOME or ~/.cache can be "
+        "written", obstacle,
     )  # fmt: skip
     return False
+
+
+def compiles_products() -> bool:
+    """Whether products of bfloat16 inputs can be given to C: this processor has the instructions, and the compiler knows them."""
+    from gptq_core.kernels import compiled
+
+    return has_avx512_bf16() and compiles() and compiled.has_products()

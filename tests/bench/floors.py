@@ -31,6 +31,7 @@ import torch
 from gptq_core import Quantization, architecture
 from gptq_core.estimate import least
 from gptq_core.footprint import footprints
+from gptq_core.hessian import products_dtype
 from gptq_core.kernels.scales import COARSE_STEPS, FINE_STEPS
 
 COLUMN_BLOCK = 128
@@ -106,12 +107,13 @@ def sweep_flop(n: int, rows: int) -> float:
 def floors(run: Quantization, rates: Rates) -> dict[str, Floor]:
     """By stage, of a run that is complete; the formulas stand at the top."""
     config, inputs = run.config, str(run.dtype).removeprefix("torch.")
+    sums = str(products_dtype(run.dtype, run.device)).removeprefix("torch.")
     tokens, groups = run.windows.tokens.numel(), _groups(run)
-    amounts = {"forward": (_forward(run), inputs), "hessian": (tokens * sum(n * n for n, _, _ in groups), inputs)}
+    amounts = {"forward": (_forward(run), inputs), "hessian": (tokens * sum(n * n for n, _, _ in groups), sums)}
     rounds = max(config.descent, 1) if config.refit or config.descent else 0
     if config.target_shift:
         written = sum(2 * tokens * n * rows for n, rows, writes in groups if writes and config.residual_shift)
-        amounts["shift: products"] = (written + sum(2 * tokens * n * n for n, _, _ in groups), inputs)
+        amounts["shift: products"] = (written + sum(2 * tokens * n * n for n, _, _ in groups), sums)
         amounts["shift: targets"] = (sum(n**3 / 3 + 4 * n * n * rows for n, rows, _ in groups), "float32")
     amounts["factor"] = (sum(n**3 / 3 for n, _, _ in groups), "float32")
     weights = sum(n * rows for n, rows, _ in groups)

@@ -3,7 +3,8 @@ import torch
 
 from gptq_core import QuantizeConfig
 from gptq_core.factor import factorize
-from gptq_core.hessian import TOKENS_FOR_TWO_PRODUCTS, Hessian, Shift
+from gptq_core.hessian import Hessian, Shift
+from gptq_core.kernels import dispatch
 from gptq_core.solver import solve
 
 
@@ -20,13 +21,20 @@ def test_mean_of_outer_products_over_uneven_batches(columns):
     assert torch.equal(mean, mean.T)
 
 
-@pytest.fixture(params=[True, False], ids=["multiplies in bfloat16", "does not"])
-def fast(request, monkeypatch):
-    monkeypatch.setattr("gptq_core.hessian.multiplies_in_bfloat16", lambda: request.param)
+@pytest.fixture(params=["c", "float32"])
+def way(request, monkeypatch):
+    """How bfloat16 inputs are multiplied."""
+    if request.param == "float32":
+        monkeypatch.setattr(dispatch, "compiles_products", lambda: False)
+    elif not dispatch.compiles_products():
+        pytest.skip("no avx512_bf16 here, or no C compiler that knows it")
     return request.param
 
 
-def bfloat16_inputs(columns, tokens=2 * TOKENS_FOR_TWO_PRODUCTS):
+TOKENS = 4096
+
+
+def bfloat16_inputs(columns, tokens=TOKENS):
     """Two channels are 100 times as large as the others and move together."""
     chance = torch.Generator().manual_seed(columns)
     x = torch.randn(tokens, columns, generator=chance)
@@ -49,37 +57,54 @@ def off(found, left, right):
     return float(((found.double() - left.T @ right / len(left)) / sizes).abs().max())
 
 
-OFF = 2**-16
-"""Products of bfloat16 inputs may be off by this; a float32 product of so many tokens comes to half of it."""
+OFF = {"c": 2**-20, "float32": 2**-18}
+"""Products of bfloat16 inputs may be off by this. MKL's float32 comes to 2^-21, the loop in C to less; others may add up worse."""
 
 
 @pytest.mark.parametrize("columns", [32, 300, 1100])
-def test_products_of_bfloat16_inputs_are_not_rounded_to_it(columns, fast):
+def test_products_of_bfloat16_inputs_are_not_rounded_to_it(columns, way):
     x = bfloat16_inputs(columns)
     mean = hessian_of(x[:2500].view(5, 500, columns), x[2500:])
     assert torch.equal(mean, mean.T)
-    assert off(mean, x, x) < OFF and off((x.T @ x).float() / len(x), x, x) > 50 * OFF
+    assert off(mean, x, x) < OFF[way] and off((x.T @ x).float() / len(x), x, x) > 2**-10
 
 
-def test_shifts_of_bfloat16_inputs_are_not_rounded_to_it(fast):
-    x, tokens = bfloat16_inputs(300), 2 * TOKENS_FOR_TWO_PRODUCTS
+def test_shifts_of_bfloat16_inputs_are_not_rounded_to_it(way):
+    x = bfloat16_inputs(300)
     original = x + x.roll(1, 1) / 64
-    residual = torch.randn(tokens, 40).to(torch.bfloat16)
+    residual = torch.randn(TOKENS, 40).to(torch.bfloat16)
     shift = Shift()
     shift.add(x, original, residual)
-    assert off(shift.inputs(), original - x, x) < OFF and off(shift.residual(), residual, x) < OFF
+    assert off(shift.inputs(), original - x, x) < OFF[way] and off(shift.residual(), residual, x) < OFF[way]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 77, TOKENS_FOR_TWO_PRODUCTS - 1])
-def test_short_batches_are_multiplied_in_float32(tokens, fast):
+@pytest.mark.parametrize("tokens", [0, 1, 77])
+def test_short_batches(tokens, way):
     x = bfloat16_inputs(96, tokens)
-    assert torch.equal(hessian_of(x), hessian_of(x.float()))
+    torch.testing.assert_close(hessian_of(x), hessian_of(x.float()), rtol=1e-5, atol=1e-5 if tokens else 0)
+
+
+@pytest.mark.parametrize("batch", [
+    lambda x: x.T.contiguous().T, lambda x: x.repeat_interleave(2, 1)[:, ::2], lambda x: x.repeat_interleave(2, 0)[::2],
+    lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
+], ids=["columns together", "gaps in a row", "gaps between rows", "part of a row"])  # fmt: skip
+def test_inputs_that_do_not_lie_together(batch, way):
+    x = bfloat16_inputs(150, 100)
+    strided = batch(x)
+    assert torch.equal(strided, x) and strided.stride() != x.stride()
+    torch.testing.assert_close(hessian_of(strided), hessian_of(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_shift_of_inputs_in_bfloat16_and_a_residual_in_float32(way):
+    x, residual = bfloat16_inputs(60, 100), torch.randn(100, 20)
+    shift = Shift()
+    shift.add(x, x + 1, residual)
+    assert off(shift.residual(), residual, x) < OFF[way]
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_what_is_solved_from_two_products_is_the_same(bits, monkeypatch):
+def test_what_is_solved_from_bfloat16_inputs_is_the_same(bits, way):
     """Along the difference of the two large channels H is about as small as its damping; a rounded product is of no use there."""
-    monkeypatch.setattr("gptq_core.hessian.multiplies_in_bfloat16", lambda: True)
     x, config = bfloat16_inputs(256), QuantizeConfig(bits=bits, group_size=128, damp_percent=0.001)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     exact = x.double().T @ x.double() / len(x)

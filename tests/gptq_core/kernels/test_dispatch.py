@@ -90,7 +90,7 @@ def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch
 def test_the_loops_are_built_once(fresh, monkeypatch):
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
-    assert dispatch.implementation(torch.device("cpu")) == "c"
+    assert dispatch.implementation(torch.device("cpu")).split()[0] == "c"
     [built] = (fresh / "gptq_core").iterdir()
     compiled.library.cache_clear()
     monkeypatch.setattr(compiled, "_build", None)

@@ -1,0 +1,108 @@
+"""Products of bfloat16 inputs in C against float64, and where C does not take them."""
+
+import pytest
+import torch
+
+from gptq_core import processor
+from gptq_core.hessian import Hessian
+from gptq_core.kernels import compiled, dispatch
+
+in_c = pytest.mark.skipif(not dispatch.compiles_products(), reason="no avx512_bf16 here, or no C compiler that knows it")
+
+
+def operand(tokens, columns, gap=0):
+    """With so many numbers between two rows, which nobody may read into a sum."""
+    chance = torch.Generator().manual_seed(1000 * tokens + columns)
+    wide = torch.full((tokens, columns + gap), float("nan"), dtype=torch.bfloat16)
+    wide[:, :columns] = torch.randn(tokens, columns, generator=chance)
+    return wide[:, :columns]
+
+
+@in_c
+@pytest.mark.parametrize("tokens", [1, 2, 77, 512, 513, 1030])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 50), (48, 48), (97, 193), (200, 5), (10, 400)])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_products_are_summed_in_float32(tokens, rows, columns, gap):
+    left, right = operand(tokens, rows, gap), operand(tokens, columns, gap)
+    around = torch.ones(rows + 2, columns + 2)
+    compiled.add_products([(around[1:-1, 1:-1], left, right)])
+    expected = torch.ones(rows + 2, columns + 2, dtype=torch.float64)
+    expected[1:-1, 1:-1] += left.double().T @ right.double()
+    # of the sum's own size, since products that cancel leave the rounding of each; a sum in bfloat16 is off by 2^-9 of it
+    sizes = 1 + left.double().norm(dim=0).max() * right.double().norm(dim=0).max()
+    assert ((around - expected).abs().max() / sizes) < 2**-21
+    edge = around.clone()
+    edge[1:-1, 1:-1] = 1
+    assert torch.equal(edge, torch.ones_like(edge)), "nothing beside the total is written to"
+
+
+@in_c
+def test_threads_do_not_change_a_bit(monkeypatch):
+    x, y = operand(700, 400), operand(700, 530)
+
+    def summed(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        tall, square = torch.zeros(530, 400), torch.zeros(400, 400)
+        for _ in range(2):
+            compiled.add_products([(tall, y, x), (square[200:, :200], x[:, 200:], x[:, :200])])
+        return torch.cat([tall, square])
+
+    one = summed(1)
+    monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
+    assert torch.equal(summed(2), one) and torch.equal(summed(5), one)
+    torch.testing.assert_close(one[:530].double(), 2 * y.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+
+
+@in_c
+def test_operands_that_do_not_fit_are_refused():
+    x, total = operand(9, 12), torch.zeros(12, 12)
+    for wrong in [(total, x, x[1:]), (total[1:], x, x), (total, x.T, x), (total.T[:, ::2], x, x[:, ::2]), (total, x, x.float()),
+                  (total.double(), x, x), (torch.zeros(9, 9), x.T, x.T)]:  # fmt: skip
+        with pytest.raises(AssertionError):
+            compiled.add_products([wrong])
+
+
+@pytest.fixture
+def afresh():
+    """What was found out about the machine is forgotten before and after."""
+    known = (processor._capabilities, dispatch.compiles, compiled.library)
+    for each in known:
+        each.cache_clear()
+    yield
+    for each in known:
+        each.cache_clear()
+
+
+def in_float32():
+    x = operand(100, 60)
+    means = []
+    for inputs in (x, x.float()):
+        hessian = Hessian(60, "cpu")
+        hessian.add(inputs)
+        means.append(hessian.mean())
+    return not dispatch.compiles_products() and torch.equal(*means)
+
+
+@pytest.mark.parametrize("found", ["amx_bf16", "bf16", "avx512_vnni"])
+def test_a_processor_without_the_instructions(found, monkeypatch, afresh):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {found: True})
+    assert in_float32()
+
+
+def test_a_machine_without_a_compiler(monkeypatch, tmp_path, afresh):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(tmp_path / "missing"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert in_float32()
+
+
+def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(monkeypatch, tmp_path, afresh):
+    if not dispatch.compiles():
+        pytest.skip("no C compiler")
+    compiled.library.cache_clear()
+    empty = tmp_path / "products.c"
+    empty.write_text("typedef int nothing;\n")
+    monkeypatch.setattr(compiled, "SOURCES", (compiled.SOURCES[0], empty))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert in_float32() and compiled.library().settle.argtypes
