@@ -51,10 +51,10 @@ SIDE, STRETCH = 48, 256
 """As in products.c: columns of a packed panel, and pairs of tokens that it holds."""
 PANEL = 4 * SIDE
 """Columns that are packed at once, to be multiplied with one packed panel after another: what a second cache holds."""
-PIECES = 4
-"""A thread, at least: so that none waits long for the last one."""
-WORTH_THREADS = 3e8
-"""Multiplications, about three milliseconds of one thread: from so many on starting others pays."""
+PIECES = 2
+"""A thread, about: with more, none waits long for the last one, and operands are laid out anew more often."""
+WORTH_THREADS = 1e8
+"""Multiplications, about one millisecond of one thread: from so many on it pays to share them."""
 
 Product = tuple[Tensor, Tensor, Tensor]
 """total (rows, columns) in float32, left (tokens, rows) and right (tokens, columns) in bfloat16; in all of them a row lies together."""
@@ -199,8 +199,13 @@ def add_products(products: Sequence[Product]) -> None:
             _add_product(*piece)
         return
     height = SIDE * max(1, entries // (PIECES * threads * PANEL * SIDE))
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_add_product, *zip(*_pieces(products, height), strict=True)))
+    list(_pool(threads, os.getpid()).map(_add_product, *zip(*_pieces(products, height), strict=True)))
+
+
+@functools.cache
+def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
+    """Kept, since starting threads takes as long as a small sum; by process, since a fork has none of its parent's threads."""
+    return ThreadPoolExecutor(threads)
 
 
 def _pieces(products: Sequence[Product], height: int) -> Iterator[Product]:
