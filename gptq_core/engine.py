@@ -45,7 +45,7 @@ from gptq_core.stages import Stages
 from gptq_core.summary import summarize
 from gptq_core.tuning import tune
 
-TOKENS_PER_FORWARD = {"cpu": 4096, "cuda": 16384}
+TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
 """Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
 LARGE_GROUP = 4096
 """Inputs from which solving takes so much memory and time that the heap's free pages are given back before: the forward that follows

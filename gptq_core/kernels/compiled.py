@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ SIGNATURES = {
     "search": (
         _pointer, _long, _pointer, _long, _long, ctypes.c_int, _float, _float, _pointer, _pointer, _long, _pointer, _long, *[_pointer] * 2,
     ),
-    "add_products": (_pointer, _long, _pointer, _long, _pointer, _long, _pointer, _long, _long, _long),
+    "add_products": (_pointer, _long, _pointer, _long, ctypes.c_uint, _pointer),
 }  # fmt: skip
 
 SIDE, STRETCH = 48, 256
@@ -53,8 +52,8 @@ PANEL = 4 * SIDE
 """Columns that are packed at once, to be multiplied with one packed panel after another: what a second cache holds."""
 PIECES = 2
 """A thread, about: with more, none waits long for the last one, and operands are laid out anew more often."""
-WORTH_THREADS = 1e8
-"""Multiplications, about one millisecond of one thread: from so many on it pays to share them."""
+WORTH_THREADS = 1e7
+"""Multiplications, about a tenth of a millisecond of one thread: from so many on it pays to share them."""
 
 Product = tuple[Tensor, Tensor, Tensor]
 """total (rows, columns) in float32, left (tokens, rows) and right (tokens, columns) in bfloat16; in all of them a row lies together."""
@@ -185,6 +184,21 @@ def search(
     return scales, zeros
 
 
+class _Product(ctypes.Structure):
+    """As in products.c."""
+
+    _fields_ = [(name, _pointer) for name in ("left", "right", "total")] + [
+        (name, _long) for name in ("left_stride", "right_stride", "total_stride", "tokens", "rows", "columns")
+    ]
+
+
+@functools.cache
+def _team() -> ctypes.c_void_p | None:
+    """OpenMP's GOMP_parallel, which GNU's, Intel's and LLVM's library have, in the one that torch is linked to; None without OpenMP."""
+    found = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    return found and ctypes.cast(found, ctypes.c_void_p)
+
+
 def add_products(products: Sequence[Product]) -> None:
     """total += leftᵀ right of each product. torch's threads share the work; one of them adds up an entry of a total, in an order that
     does not depend on their number."""
@@ -194,33 +208,18 @@ def add_products(products: Sequence[Product]) -> None:
         assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (total, left, right)), (total.stride(), left.stride(), right.stride())
     entries = sum(total.numel() for total, _, _ in products)
     threads = torch.get_num_threads() if entries * len(products[0][1]) >= WORTH_THREADS else 1
-    if threads == 1:
-        for piece in _pieces(products, max(len(total) for total, _, _ in products)):
-            _add_product(*piece)
-        return
-    height = SIDE * max(1, entries // (PIECES * threads * PANEL * SIDE))
-    list(_pool(threads, os.getpid()).map(_add_product, *zip(*_pieces(products, height), strict=True)))
+    height = SIDE * max(1, entries // (PIECES * threads * PANEL * SIDE)) if threads > 1 else max(len(total) for total, _, _ in products)
+    pieces = [piece for product in products for piece in _pieces(*product, height)]
+    packed = torch.empty(threads, STRETCH * (PANEL + 2 * SIDE), dtype=torch.int32)
+    library().add_products((_Product * len(pieces))(*pieces), len(pieces), packed.data_ptr(), packed.shape[1], threads, _team())
 
 
-@functools.cache
-def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
-    """Kept, since starting threads takes as long as a small sum; by process, since a fork has none of its parent's threads."""
-    return ThreadPoolExecutor(threads)
-
-
-def _pieces(products: Sequence[Product], height: int) -> Iterator[Product]:
-    """Products of at most so many rows and of PANEL columns."""
-    for total, left, right in products:
-        rows, columns = total.shape
-        for i, j in itertools.product(range(0, rows, height), range(0, columns, PANEL)):
-            down, across = slice(i, i + height), slice(j, j + PANEL)
-            yield total[down, across], left[:, down], right[:, across]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _pieces(total: Tensor, left: Tensor, right: Tensor, height: int) -> Iterator[_Product]:
+    """A product in products of at most so many rows and of PANEL columns."""
     rows, columns = total.shape
-    packed = torch.empty(STRETCH * (columns + 2 * SIDE), dtype=torch.int32)
-    library().add_products(
-        left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), total.data_ptr(), total.stride(0), packed.data_ptr(),
-        len(left), rows, columns,
-    )  # fmt: skip
+    for i, j in itertools.product(range(0, rows, height), range(0, columns, PANEL)):
+        yield _Product(
+            left.data_ptr() + i * left.element_size(), right.data_ptr() + j * right.element_size(),
+            total.data_ptr() + (i * total.stride(0) + j) * total.element_size(), left.stride(0), right.stride(0), total.stride(0),
+            len(left), min(height, rows - i), min(PANEL, columns - j),
+        )  # fmt: skip

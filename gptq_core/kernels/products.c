@@ -6,6 +6,9 @@
    stretch and then to the total: one long sum rounds off more. Their order depends on the tokens alone, not on the panel that an entry is
    in: however the work is shared, bits are the same.
 
+   The threads are torch's own, lent by its OpenMP library: threads of ours would wait for a core on which one of those, having had
+   work a moment ago, spins until there is more.
+
    A compiler that does not know the instructions builds nothing of this, and the library has no `add_products`. */
 
 #include <stdint.h>
@@ -69,26 +72,58 @@ WITH_BFLOAT16 static void multiply(
             total[i * stride + j] += sums[i][j];
 }
 
-/* left (tokens, rows), right (tokens, columns), total (rows, columns); `packed` has room for STRETCH * (columns + 2 * SIDE) numbers. */
-WITH_BFLOAT16 void add_products(
-    const uint16_t *left, long left_stride, const uint16_t *right, long right_stride, float *total, long total_stride,
-    uint32_t *packed, long tokens, long rows, long columns)
+/* total (rows, columns) += left (tokens, rows)' right (tokens, columns). */
+struct product {
+    const uint16_t *left, *right;
+    float *total;
+    long left_stride, right_stride, total_stride, tokens, rows, columns;
+};
+
+WITH_BFLOAT16 static void add_product(const struct product *of, uint32_t *packed)
 {
-    const long panel = (long)STRETCH * SIDE, panels = (columns + SIDE - 1) / SIDE;
+    const long panel = (long)STRETCH * SIDE, panels = (of->columns + SIDE - 1) / SIDE;
     uint32_t *down = packed + panels * panel;
-    for (long start = 0; start < tokens; start += 2 * STRETCH) {
-        const long some = least(2 * STRETCH, tokens - start), pairs = (some + 1) / 2;
+    for (long start = 0; start < of->tokens; start += 2 * STRETCH) {
+        const long some = least(2 * STRETCH, of->tokens - start), pairs = (some + 1) / 2;
         for (long p = 0; p < panels; p++)
-            pack(right + start * right_stride + p * SIDE, right_stride, some, least(SIDE, columns - p * SIDE), packed + p * panel);
-        for (long i = 0; i < rows; i += SIDE) {
-            const long high = least(SIDE, rows - i);
-            pack(left + start * left_stride + i, left_stride, some, high, down);
+            pack(of->right + start * of->right_stride + p * SIDE, of->right_stride, some, least(SIDE, of->columns - p * SIDE),
+                 packed + p * panel);
+        for (long i = 0; i < of->rows; i += SIDE) {
+            const long high = least(SIDE, of->rows - i);
+            pack(of->left + start * of->left_stride + i, of->left_stride, some, high, down);
             for (long p = 0; p < panels; p++)
                 for (long r = 0; r < high; r += ROWS)
-                    multiply(down + r, packed + p * panel, pairs, total + (i + r) * total_stride + p * SIDE, total_stride,
-                             least(ROWS, high - r), least(SIDE, columns - p * SIDE));
+                    multiply(down + r, packed + p * panel, pairs, of->total + (i + r) * of->total_stride + p * SIDE, of->total_stride,
+                             least(ROWS, high - r), least(SIDE, of->columns - p * SIDE));
         }
     }
+}
+
+struct work {
+    const struct product *products;
+    long count, next, arrived, room;
+    uint32_t *packed;
+};
+
+static void take(void *shared)
+{
+    struct work *work = shared;
+    uint32_t *packed = work->packed + work->room * __atomic_fetch_add(&work->arrived, 1, __ATOMIC_RELAXED);
+    for (long i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count;)
+        add_product(work->products + i, packed);
+}
+
+/* `packed` has room for STRETCH * (columns + 2 * SIDE) numbers a thread, columns of the widest product; `team` is OpenMP's GOMP_parallel,
+   which calls a function in each of so many threads, or NULL for one thread. */
+void add_products(
+    const struct product *products, long count, uint32_t *packed, long room, unsigned threads,
+    void (*team)(void (*)(void *), void *, unsigned, unsigned))
+{
+    struct work work = {products, count, 0, 0, room, packed};
+    if (team && threads > 1)
+        team(take, &work, threads, 0);
+    else
+        take(&work);
 }
 
 #endif
