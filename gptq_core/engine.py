@@ -6,7 +6,7 @@
             run.quantize_block(index)
         run.assemble()
 
-One decoder block is in memory at a time: read from its shards (the next one meanwhile, by a thread), walked, packed, written
+One decoder block is in memory at a time: read from its shards (the next one is fetched meanwhile), walked, packed, written
 as a final shard, released. So memory does not grow with depth. Blocks already on disk are replayed: dequantized and run
 forward, which restores the activations exactly, so that nothing but finished blocks is ever saved.
 """
@@ -178,7 +178,7 @@ class Quantization:
             "versions": {
                 "gptq_core": format.code_version(), "code_sha256": code_sha256(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "dtype": str(self.dtype).removeprefix("torch."),
-                "device": self.device.type, "machine": platform.machine(), "kernels": dispatch.implementation(self.device),
+                "device": self.device.type, "machine": platform.machine(), "kernels": dispatch.implementation(self.device, self.dtype),
             },
         }  # fmt: skip
 
@@ -281,7 +281,10 @@ class Quantization:
             tensors = self._prefetched.pop(index).result() if index in self._prefetched else self._read_block(index)
             architecture.fill(block, path, tensors.__getitem__, self.device, self.dtype)
         if index + 1 < self.block_count and index + 1 not in self._prefetched:
-            self._prefetched[index + 1] = self._prefetcher.submit(self._read_block, index + 1)
+            if self.device.type == "cpu":  # where a second block would count
+                self.source.expect(self._block_sources(index + 1).values())
+            else:
+                self._prefetched[index + 1] = self._prefetcher.submit(self._read_block, index + 1)
         configs, linears = self.selection.in_block(index), architecture.linears_of(block)
         wanted = {name: linears[name] for name in configs}
         with self.timed("forward"):
@@ -422,12 +425,15 @@ class Quantization:
 
     def _read(self, name: str) -> Tensor:
         source = self._source_name(name)
-        return self.source.read_together([source])[source]
+        return self.source.read_apart([source])[source]
+
+    def _block_sources(self, index: int) -> dict[str, str]:
+        names = architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")
+        return {name: self._source_name(name) for name in names}
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
-        names = architecture.tensor_names(self.decoder.blocks[index], f"{self.decoder.prefix}.{index}")
-        sources = {name: self._source_name(name) for name in names}
-        found = self.source.read_together(list(dict.fromkeys(sources.values())))
+        sources = self._block_sources(index)
+        found = self.source.read_apart(sources.values())
         if self.device.type == "cuda":  # from there a copy to the GPU does not keep anyone waiting
             found = {source: tensor.pin_memory() for source, tensor in found.items()}
         return {name: found[source] for name, source in sources.items()}

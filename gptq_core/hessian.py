@@ -79,11 +79,11 @@ class Shift:
         x = inputs.reshape(-1, inputs.shape[-1])
         self._tokens += x.shape[0]
         if self._inputs is None:
-            self._inputs = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self._inputs = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
         _add(self._inputs, (original - inputs).reshape(x.shape), x)
         if residual is not None:
             if self._residual is None:
-                self._residual = torch.zeros(residual.shape[1], x.shape[1], device=x.device)
+                self._residual = torch.zeros(residual.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
             _add(self._residual, residual, x)
 
     def inputs(self) -> Float[Tensor, "in_features in_features"]:

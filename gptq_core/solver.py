@@ -250,7 +250,7 @@ def _importance(factor: Factor) -> Float[Tensor, " columns"]:
 def round_to_nearest(weight: Float[Tensor, "out columns"], config: QuantizeConfig) -> Solution:
     """Every weight to its nearest code on min-max scales: what a failed factorization falls back to where that is allowed."""
     columns = weight.shape[1]
-    eye, order = torch.eye(columns, device=weight.device), torch.arange(columns, device=weight.device)
+    eye, order = torch.eye(columns, dtype=torch.float32, device=weight.device), torch.arange(columns, device=weight.device)
     identity = Factor(eye, order, 0.0, 0, eye, eye.new_zeros(()))
     plain = config.model_copy(update={"desc_act": False, "scale_search": "min_max", "refit": False, "descent": 0})
     return solve(weight.float(), identity, plain)

@@ -197,6 +197,10 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or a == b
 
 
+def _called_again(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{name}: called more than once in one forward of its block, which is not supported yet")
+
+
 @torch.no_grad()
 def discover(block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, call: Call) -> list[InputGroup]:
     """Input groups of a block in call order, by one probe forward. Linears that the forward never reaches are in no group."""
@@ -206,7 +210,7 @@ def discover(block: nn.Module, linears: dict[str, nn.Linear], hidden: Tensor, ca
     def record(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             if name in called:
-                raise UnsupportedModelError(f"{name}: called more than once in one forward of its block, which is not supported yet")
+                raise _called_again(name)
             called.add(name)
             for tensor, names in seen:
                 if tensor is args[0]:
@@ -257,10 +261,14 @@ def walk(
     shifts: dict[int, Shift] = {}
     solved: set[int] = set()
     counted: set[tuple[int, int]] = set()  # (group, batch): a group's first called member counts the batch
+    called: set[tuple[str, int]] = set()
 
-    def stage(number: int, group: InputGroup) -> Callable[..., None]:
+    def stage(number: int, group: InputGroup, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             coroutine = getcurrent()
+            if (name, coroutine.batch) in called:
+                raise _called_again(name)
+            called.add((name, coroutine.batch))
             if number in solved or (number, coroutine.batch) in counted:
                 return
             counted.add((number, coroutine.batch))
@@ -278,7 +286,8 @@ def walk(
 
         return hook
 
-    handles = [linears[name].register_forward_pre_hook(stage(number, group)) for number, group in enumerate(groups) for name in group.names]
+    members = [(number, group, name) for number, group in enumerate(groups) for name in group.names]
+    handles = [linears[name].register_forward_pre_hook(stage(number, group, name)) for number, group, name in members]
     if once and true_sequential:
         handles += [_given_up_after(len(hidden_states), linear) for linear in linears.values()]
     if original is not None:

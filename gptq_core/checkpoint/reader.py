@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -50,6 +55,8 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face model")
         self._files = {file: safe_open(folder / file, "pt") for file in self._shards()}
+        self._stamps = {file: _stamp((folder / file).stat()) for file in self._files}
+        self._starts: dict[str, dict[str, int]] = {}
         self._where = {name: file for file, opened in self._files.items() for name in opened.keys()}
         # one safe_open handle is shared by the prefetch thread and the main one
         self._lock = threading.Lock()
@@ -92,18 +99,45 @@ class Checkpoint:
         return name in self._where
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU."""
+        """The tensor as stored, on the CPU: mapped, so that its bytes are read when they are looked at, and stay as long as this object."""
+        return self._mapped(name)
+
+    def read_apart(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, as stored, on the CPU, each in memory of its own that leaves with it.
+
+        Raises InputError where a file is no longer the one that was opened.
+        """
+        found: dict[str, Tensor] = {}
+        for name in dict.fromkeys(names):
+            path = self.folder / self._file(name)
+            with path.open("rb") as opened:
+                if _stamp(os.fstat(opened.fileno())) != self._stamps[path.name]:
+                    raise InputError(f"{path}: was changed while the model was read; begin again, with a model that nobody writes to")
+                found[name] = _read(opened, self._start(opened, name), self._mapped(name))
+        return found
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors from the disk into its cache meanwhile, where it knows how to."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            path = self.folder / self._file(name)
+            with path.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), self._start(opened, name), self._mapped(name).nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _mapped(self, name: str) -> Tensor:
         file = self._file(name)
         with self._lock:
             return self._files[file].get_tensor(name)
 
-    def read_together(self, names: list[str]) -> dict[str, Tensor]:
-        """Tensors by name, as stored, on the CPU: each through a mapping of the file of its own, so that its pages leave with it."""
-        found: dict[str, Tensor] = {}
-        for name in names:
-            with safe_open(self.folder / self._file(name), "pt") as opened:
-                found[name] = opened.get_tensor(name)
-        return found
+    def _start(self, opened: BinaryIO, name: str) -> int:
+        """Where in its file the bytes of a tensor begin, which safe_open does not tell."""
+        file = self._where[name]
+        if file not in self._starts:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            self._starts[file] = {name: 8 + size + about["data_offsets"][0] for name, about in header.items() if name != "__metadata__"}
+        return self._starts[file][name]
 
     def _file(self, name: str) -> str:
         if name not in self._where:
@@ -124,6 +158,20 @@ class Checkpoint:
         with ThreadPoolExecutor() as pool:
             parts = list(pool.map(_unchanged_sha256, [self.folder / "config.json", *(self.folder / file for file in self._files)]))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(opened: BinaryIO, start: int, like: Tensor) -> Tensor:
+    """A tensor from its bytes, in pages of its own: the heap would keep them."""
+    if not like.numel():
+        return torch.empty_like(like)
+    pages = mmap.mmap(-1, like.nbytes)
+    opened.seek(start)
+    opened.readinto(pages)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
 known_sha256: dict[str, str] = {}

@@ -229,7 +229,16 @@ def _difference(records: list[dict[str, Any]], run: dict[str, Any]) -> str:
         for name, value in run["config"].items()
         if there.get("config", {}).get(name) != value
     ]
-    for what, field in (("model", "model_sha256"), ("calibration text", "tokens_sha256"), ("version or device", "versions")):
+    for what, field in (("model", "model_sha256"), ("calibration text", "tokens_sha256")):
         if there.get(field) != run[field]:
             changed.append(f"another {what}")
+    for name, value in run["versions"].items():
+        if (before := there.get("versions", {}).get(name)) != value:
+            changed.append(f"{name} {_short(before)} there, {_short(value)} now")
     return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _short(value: Any) -> str:
+    """A digest by its first digits."""
+    text = str(value)
+    return text[:8] if len(text) == 64 else text

@@ -27,10 +27,13 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_core.kernels import scales as twin
+from gptq_core.kernels.dispatch import LARGEST_BLOCK
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("loops.c", "products.c"))
 FLAGS = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+INSTRUCTIONS = {"AVX512": _AVX512, "AVX2": _AVX2}
 """By what torch itself uses of a processor, so that a folder shared by machines holds a library for each kind of them."""
 
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -47,7 +50,7 @@ SIGNATURES = {
 }  # fmt: skip
 
 SIDE, STRETCH = 48, 256
-"""As in products.c: columns of a packed panel, and pairs of tokens that it holds."""
+"""Columns of a packed panel of products.c, a multiple of 16, and pairs of tokens that it holds."""
 PANEL = 4 * SIDE
 """Columns that are packed at once, to be multiplied with one packed panel after another: what a second cache holds."""
 PIECES = 2
@@ -63,15 +66,21 @@ Product = tuple[Tensor, Tensor, Tensor]
 def library() -> ctypes.CDLL:
     """The compiled loops, from the user's cache or built now.
 
-    Raises OSError where there is no C compiler or the cache cannot be written, subprocess.CalledProcessError where building fails.
+    Raises OSError where there is no C compiler or the cache is no place for it, subprocess.CalledProcessError where building fails.
     """
-    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    sizes = {"LARGEST_BLOCK": LARGEST_BLOCK, "SIDE": SIDE, "STRETCH": STRETCH}
+    instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    flags = (*FLAGS, *instructions, *(f"-D{name}={size}" for name, size in sizes.items()))
     sources = b"".join(source.read_bytes() for source in SOURCES)
     key = hashlib.sha256(sources + repr((flags, platform.system(), platform.machine())).encode()).hexdigest()[:16]
     path = _cache() / f"loops-{key}.so"
     if not path.exists():
         _build(path, flags)
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError:  # cut short, or of a machine that shares the folder and not the C library
+        _build(path, flags)
+        loaded = ctypes.CDLL(str(path))
     for name, signature in SIGNATURES.items():
         if function := getattr(loaded, name, None):
             function.argtypes, function.restype = signature, None
@@ -84,17 +93,27 @@ def has_products() -> bool:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptq_core"
+    """The folder, made if it is missing. It is this user's alone, since what lies in it is run."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptq_core"
+    except RuntimeError as error:
+        raise FileNotFoundError("no home folder, and XDG_CACHE_HOME names none") from error
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} belongs to somebody else, or others may write to it: chmod go-w, or another XDG_CACHE_HOME")
+    return folder
 
 
 def _build(path: Path, flags: tuple[str, ...]) -> None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("no cc, gcc or clang on the PATH")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may build the same one at the same time
         made = Path(folder) / path.name
         subprocess.run([*compiler.split(), *flags, "-o", made, *SOURCES], check=True, capture_output=True, text=True)
+        with made.open("rb") as built:
+            os.fsync(built.fileno())
         made.replace(path)
 
 
@@ -109,8 +128,9 @@ def round_columns(
     """columns.round_columns, of at most LARGEST_BLOCK columns."""
     assert now.stride(1) == 1, now.stride()  # it is written to
     block, out = now.shape
+    assert block <= LARGEST_BLOCK, block
     taken, scales, zeros, group = feedback.T.contiguous(), scales.contiguous(), zeros.contiguous(), group.contiguous()
-    codes = torch.empty(block, out, dtype=torch.uint8)
+    codes = now.new_empty(block, out, dtype=torch.uint8)
     library().round_columns(
         now.data_ptr(), now.stride(0), taken.data_ptr(), scales.data_ptr(), zeros.data_ptr(), out, group.data_ptr(), max_code,
         codes.data_ptr(), out, block, out,
@@ -154,6 +174,7 @@ def descend_columns(
     """descent.descend_columns, of at most LARGEST_BLOCK columns."""
     assert codes.stride(1) == slope.stride(1) == 1, (codes.stride(), slope.stride())  # they are written to
     block, out = codes.shape
+    assert block <= LARGEST_BLOCK, block
     scale, zero, damped = scale.contiguous(), zero.contiguous(), damped.contiguous()
     change = torch.empty_like(slope, memory_format=torch.contiguous_format)
     library().descend_columns(
@@ -174,7 +195,7 @@ def search(
     (groups, columns, out), importance = weights.shape, importance.contiguous()
     shares, shifts = (t.contiguous() for t in twin.coarse_candidates(smallest_zero is None).unbind(1))
     offsets = twin.fine_offsets()
-    scales, zeros = torch.empty(2, groups, out)
+    scales, zeros = weights.new_empty(2, groups, out)
     for g in range(groups):
         library().search(
             weights[g].data_ptr(), weights.stride(1), importance[g].data_ptr(), columns, out, smallest_zero is None, smallest_zero or 0,
@@ -210,7 +231,7 @@ def add_products(products: Sequence[Product]) -> None:
     threads = torch.get_num_threads() if entries * len(products[0][1]) >= WORTH_THREADS else 1
     height = SIDE * max(1, entries // (PIECES * threads * PANEL * SIDE)) if threads > 1 else max(len(total) for total, _, _ in products)
     pieces = [piece for product in products for piece in _pieces(*product, height)]
-    packed = torch.empty(threads, STRETCH * (PANEL + 2 * SIDE), dtype=torch.int32)
+    packed = products[0][0].new_empty(threads, STRETCH * (PANEL + 2 * SIDE), dtype=torch.int32)
     library().add_products((_Product * len(pieces))(*pieces), len(pieces), packed.data_ptr(), packed.shape[1], threads, _team())
 
 

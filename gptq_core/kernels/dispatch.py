@@ -46,11 +46,12 @@ def kernels(*tensors: Tensor) -> ModuleType | None:
     return None
 
 
-def implementation(device: torch.device) -> str:
-    """What float32 is given to on a device: triton, c, or torch for the twins; and whether bfloat16 products are given to C."""
-    found = kernels(torch.empty(0, device=device))
+def implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """What a run whose forwards are in `dtype` gives float32 to on a device: triton, c, or torch for the twins; and whether it gives
+    products of bfloat16 inputs to C."""
+    found = kernels(torch.empty(0, device=device, dtype=torch.float32))
     name = "torch" if found is None else {"fused": "triton", "compiled": "c"}[found.__name__.rpartition(".")[2]]
-    return f"{name} with bfloat16 products" if name == "c" and compiles_products() else name
+    return f"{name} with bfloat16 products" if name == "c" and dtype == torch.bfloat16 and compiles_products() else name
 
 
 @functools.cache
@@ -99,8 +100,17 @@ def compiles() -> bool:
     return False
 
 
+@functools.cache
 def compiles_products() -> bool:
-    """Whether products of bfloat16 inputs can be given to C: this processor has the instructions, and the compiler knows them."""
+    """Whether products of bfloat16 inputs can be given to C: this processor has the instructions, and the compiler knew them. Where it
+    did not, the log tells once."""
     from gptq_core.kernels import compiled
 
-    return has_avx512_bf16() and compiles() and compiled.has_products()
+    if not has_avx512_bf16() or not compiles():
+        return False
+    if not compiled.has_products():
+        log.warning(
+            "the C compiler that made %s does not know this processor's instructions for bfloat16; bfloat16 inputs are summed up in "
+            "float32, which is slower: install gcc 10 or clang 9, or newer ones, and remove that file", compiled.library()._name,
+        )  # fmt: skip
+    return compiled.has_products()

@@ -76,7 +76,7 @@ def descend_columns(
     assert _is_along_rows(codes) and _is_along_rows(slope), (codes.stride(), slope.stride())  # they are written to
     damped = _along_rows(damped)
     block, out = codes.shape
-    change = torch.empty(block, out, device=slope.device)
+    change = torch.empty_like(slope, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(slope):
         _descend_columns[(triton.cdiv(out, TILE),)](
             codes, slope, scale, zero, damped, change, block, out, codes.stride(0), slope.stride(0), damped.stride(0),
@@ -94,7 +94,7 @@ def search(
     """scales.search."""
     weights, importance = map(_along_rows, (weights, importance))
     groups, columns, out = weights.shape
-    scales, zeros = torch.empty(2, groups, out, device=weights.device)
+    scales, zeros = weights.new_empty(2, groups, out)
     with torch.cuda.device_of(weights):
         _search[(triton.cdiv(out, TILE), groups)](
             weights, importance, scales, zeros, columns, out, weights.stride(0), weights.stride(1), importance.stride(0),

@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdint.h>
 
-enum { WIDTH = 64, NARROW = 32, LARGEST_BLOCK = 128 };
+enum { WIDTH = 64, NARROW = 32 }; /* LARGEST_BLOCK comes from compiled.py */
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_OUTPUT for (long r = 0; r < width; r++)

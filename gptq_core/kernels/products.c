@@ -19,7 +19,7 @@
 #include <immintrin.h>
 
 #define WITH_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-enum { LANES = 16, VECTORS = 3, SIDE = VECTORS * LANES, ROWS = 8, RUN = 64, STRETCH = 256 };
+enum { LANES = 16, VECTORS = SIDE / LANES, ROWS = 8, RUN = 64 }; /* SIDE and STRETCH come from compiled.py */
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 

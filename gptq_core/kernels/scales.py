@@ -39,13 +39,14 @@ def coarse_candidates(symmetric: bool) -> Float[Tensor, "candidates 2"]:
     spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
     return torch.tensor([
         (sign * (SMALLEST_SHARE + step * spacing), shift) for step in range(COARSE_STEPS) for sign in signs for shift in shifts
-    ])  # fmt: skip
+    ], dtype=torch.float32, device="cpu")  # fmt: skip
 
 
 def fine_offsets() -> Float[Tensor, " candidates"]:
     """What is added to the best coarse share, the zero where its own scale puts it."""
     spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
-    return torch.tensor([side * step / FINE_STEPS * spacing for step in range(1, FINE_STEPS) for side in (-1, 1)])
+    offsets = [side * step / FINE_STEPS * spacing for step in range(1, FINE_STEPS) for side in (-1, 1)]
+    return torch.tensor(offsets, dtype=torch.float32, device="cpu")
 
 
 def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:
@@ -75,15 +76,15 @@ def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: i
         every = [error, scale, zero, shares]
         if rivals:
             every = [torch.cat([one.unsqueeze(0), others]) for one, others in zip(rivals, every, strict=True)]
-        best = every[0].argmin(0, keepdim=True)  # the first of equals
+        best = every[0].nan_to_num(nan=torch.inf).argmin(0, keepdim=True)  # the first of equals
         return tuple(values.gather(0, best).squeeze(0) for values in every)
 
     shares, shift = coarse_candidates(smallest_zero is None).to(base).unsqueeze(2).unbind(1)  # (candidates, 1)
     found = least(shares.expand(-1, base.numel()), shift)
     fine = fine_offsets().to(base).unsqueeze(1)
     share = found[3]
-    _, scale, zero, _ = least(share.sign() * (share.abs() + fine), torch.zeros_like(fine), *found)
-    return scale, zero
+    error, scale, zero, _ = least(share.sign() * (share.abs() + fine), torch.zeros_like(fine), *found)
+    return scale.masked_fill(~(error < torch.inf), torch.nan), zero  # where no error is a number, no scale is
 
 
 def float16_exact(scale: Tensor) -> Tensor:

@@ -141,9 +141,9 @@ def test_the_size_is_the_plans(model, together):
 
 
 def test_every_tensor_of_a_block_is_read_once(model, monkeypatch):
-    reads, one, many = Counter(), Checkpoint.read, Checkpoint.read_together
+    reads, one, many = Counter(), Checkpoint.read, Checkpoint.read_apart
     monkeypatch.setattr(Checkpoint, "read", lambda self, name: reads.update([name]) or one(self, name))
-    monkeypatch.setattr(Checkpoint, "read_together", lambda self, names: reads.update(names) or many(self, names))
+    monkeypatch.setattr(Checkpoint, "read_apart", lambda self, names: reads.update(names) or many(self, names))
     screen(str(model), CELLS, windows(), HELDOUT, device="cpu")
     inside = {name: count for name, count in reads.items() if name.startswith("model.layers.")}
     assert len(inside) == 2 * 9 and set(inside.values()) == {1}

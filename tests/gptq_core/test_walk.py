@@ -8,6 +8,7 @@ from torch import nn
 from gptq_core import QuantizeConfig, engine, load_quantized, walk
 from gptq_core.architecture import empty_model, fill, find_decoder, linears_of
 from gptq_core.engine import Quantization
+from gptq_core.errors import UnsupportedModelError
 from gptq_core.group import solve_group
 
 DENSE = [name for name in CONFIGS if name not in ("gpt2", "mixtral")]
@@ -119,6 +120,22 @@ def test_a_weight_is_given_up_when_the_last_batch_has_passed_unless_it_is_wanted
         walk.walk(block, linears, groups, hidden, calls, solve, True, once=once)
         assert seen == [[False, False], [once, False]] and block[1].weight.is_meta == once
         torch.testing.assert_close(hidden, expected)
+
+
+def test_a_linear_that_a_longer_batch_calls_again_is_refused():
+    class Chunked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4, bias=False)
+
+        def forward(self, hidden):
+            return torch.cat([self.inner(part) for part in hidden.split(2, dim=1)], 1)
+
+    block, calls = Chunked(), {1: walk.Call((), {}, 1)}
+    linears = {"inner": block.inner}
+    groups = walk.discover(block, linears, torch.ones(1, 2, 4), calls[1])
+    with pytest.raises(UnsupportedModelError, match="inner: called more than once"):
+        walk.walk(block, linears, groups, [torch.ones(1, 5, 4)], calls, lambda *_: None, True, once=True)
 
 
 def test_a_weight_that_a_batch_goes_around_stays():

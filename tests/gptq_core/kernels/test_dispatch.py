@@ -1,9 +1,10 @@
-"""Which tensors the Triton kernels are given."""
+"""Which tensors the kernels are given, and how those in C come to be."""
 
 import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_float32_is_taken(everywhere):
 def test_the_cpu_keeps_the_twin_where_nothing_can_be_compiled(monkeypatch):
     monkeypatch.setattr(dispatch, "compiles", lambda: False)
     assert dispatch.kernels(torch.zeros(8, 12)) is None
-    assert dispatch.implementation(torch.device("cpu")) == "torch"
+    assert dispatch.implementation(torch.device("cpu"), torch.float32) == "torch"
 
 
 def test_a_block_longer_than_registers_hold_descends_in_the_twin(everywhere):
@@ -90,9 +91,46 @@ def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch
 def test_the_loops_are_built_once(fresh, monkeypatch):
     if shutil.which("cc") is None:
         pytest.skip("no C compiler")
-    assert dispatch.implementation(torch.device("cpu")).split()[0] == "c"
+    assert dispatch.implementation(torch.device("cpu"), torch.float32) == "c"
     [built] = (fresh / "gptq_core").iterdir()
+    assert (fresh / "gptq_core").stat().st_mode & 0o777 == 0o700
     compiled.library.cache_clear()
     monkeypatch.setattr(compiled, "_build", None)
     compiled.library()
     assert [built] == list((fresh / "gptq_core").iterdir())
+
+
+def test_products_of_bfloat16_are_named_where_forwards_are_in_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "compiles", lambda: True)
+    for known in (True, False):
+        monkeypatch.setattr(dispatch, "compiles_products", lambda known=known: known)
+        named = [dispatch.implementation(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
+        assert named == ["c", "c with bfloat16 products" if known else "c"]
+
+
+def test_a_library_that_cannot_be_loaded_is_built_anew(fresh, monkeypatch):
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    compiled.library()
+    [built] = (fresh / "gptq_core").iterdir()
+    damaged = fresh / "another" / "gptq_core" / built.name
+    damaged.parent.mkdir(mode=0o700, parents=True)
+    damaged.write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "another"))
+    compiled.library.cache_clear()
+    assert compiled.library().settle.argtypes and damaged.stat().st_size
+
+
+def test_a_folder_that_others_may_write_to_is_not_run_from(fresh, caplog):
+    (fresh / "gptq_core").mkdir()
+    (fresh / "gptq_core").chmod(0o777)
+    assert not dispatch.compiles() and "others may write to it" in caplog.text
+
+
+def test_a_user_without_a_home_folder(fresh, monkeypatch, caplog):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    assert not dispatch.compiles() and "no home folder" in caplog.text

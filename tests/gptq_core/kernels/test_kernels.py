@@ -156,6 +156,40 @@ def test_weights_that_are_no_numbers_get_no_scale(kernels):
         assert not scale[0, 2].isfinite() and scale[0, 3:].isfinite().all()
 
 
+@pytest.mark.parametrize("smallest_zero", [None, 0])
+def test_candidates_beyond_float16_are_no_choice(kernels, smallest_zero):
+    weights = torch.randn(1, 16, OUT, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) * 1.5e5
+    weights[0, :, 0] *= 1e4  # beyond it whatever the candidate
+    arguments = weights, torch.ones(1, 16), 15, smallest_zero
+    (found, _), _ = on_device(kernels, "search", *arguments)
+    expected, _ = scales.search(*arguments)
+    assert torch.equal(found.isfinite(), expected.isfinite()) and found.isfinite().sum() == OUT - 1
+    assert torch.equal(found[found.isfinite()], expected[found.isfinite()])
+
+
+def test_errors_beyond_float32_leave_no_scale(kernels):
+    arguments = torch.ones(1, 16, OUT) * 0.3, torch.full((1, 16), float("inf")), 15, None
+    for scale, _ in (on_device(kernels, "search", *arguments)[0], scales.search(*arguments)):
+        assert not scale.isfinite().any()
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
+def test_defaults_of_the_process_change_nothing(default, kernels, monkeypatch):
+    """transformers sets the default dtype while it builds a model, in whatever thread."""
+    g = torch.Generator().manual_seed(0)
+    arguments = torch.randn(2, 32, OUT, generator=g), torch.rand(2, 32, generator=g), 15, 0
+    (expected, _) = on_device(kernels, "search", *arguments)
+    before = torch.get_default_dtype()
+    with torch.device("meta") if default == "meta" else contextlib.nullcontext():
+        torch.set_default_dtype(before if default == "meta" else default)
+        try:
+            found, own = on_device(kernels, "search", *arguments)[0], scales.search(*arguments)
+        finally:
+            torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in own)
+
+
 WAYS = {
     "tuned": {},
     "one output": {"rows": 1},

@@ -65,7 +65,7 @@ def test_operands_that_do_not_fit_are_refused():
 @pytest.fixture
 def afresh():
     """What was found out about the machine is forgotten before and after."""
-    known = (processor._capabilities, dispatch.compiles, compiled.library)
+    known = (processor._capabilities, dispatch.compiles, dispatch.compiles_products, compiled.library)
     for each in known:
         each.cache_clear()
     yield
@@ -96,7 +96,7 @@ def test_a_machine_without_a_compiler(monkeypatch, tmp_path, afresh):
     assert in_float32()
 
 
-def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(monkeypatch, tmp_path, afresh):
+def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(monkeypatch, tmp_path, afresh, caplog):
     if not dispatch.compiles():
         pytest.skip("no C compiler")
     compiled.library.cache_clear()
@@ -106,3 +106,4 @@ def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(m
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert in_float32() and compiled.library().settle.argtypes
+    assert len(caplog.messages) == 1 and "gcc 10 or clang 9" in caplog.text and str(tmp_path) in caplog.text
