@@ -4,7 +4,7 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
 
 - capture: what stands before the blocks, one block, hidden states T·h·e, one batch on its way.
 - walk: hidden states T·h·e, once more where targets are shifted (the original's stream) or a block is tuned (its inputs); the block
-  dense, and its twin where targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with
+  dense, once more as stored where that is another dtype, and its twin where targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with
   targets shifted; and with the group of n inputs and o stacked rows what solving it takes: n² float32 for H and for its factor, both once
   more in the dtype of the tall products, n·o for the weights and their codes, and for the rows that are solved at once float32 targets,
   errors and slopes. See `_Costs._solving`.
@@ -14,8 +14,8 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
   what KL makes of them), and the hidden states that the engine has not given up yet. For a large model this is the highest.
 - allocation, where widths are chosen: block by block PROBE_TOKENS tokens for each unit and width.
 
-On the CPU all of that is in the process. Source shards are mapped: what was read of them counts as resident, but the system takes
-such pages back when memory runs short, so `mapped_bytes` of `host_bytes` are no need.
+On the CPU all of that is in the process, and what is outside the blocks as it is mapped to be written. Mapped files count as resident, but
+the system takes such pages back when memory runs short, so `mapped_bytes` of `host_bytes` are no need.
 
 Seconds are floating-point operations over the measured rate of a product, in the dtype of the forward or in float32, bytes over the
 measured rate of an elementwise operation and of sha256, and columns and weights over the rates of a small layer solved with the run's own
@@ -121,7 +121,7 @@ def estimate(
     target, here = _device(device)
     costs = _Costs(found, config, texts, target, _dtype(dtype, found, target))
     stages, on_cpu = costs.stages(), target.type == "cpu"
-    mapped = found.original_bytes
+    mapped = max(0, found.original_bytes - costs.weights * found.dtype.itemsize)
     host, device_bytes = process_bytes + mapped + max(stages.values()), 0
     if on_cpu and stages["evaluation"] + costs.read_again > max(stages.values()):
         mapped += costs.read_again
@@ -225,7 +225,7 @@ class _Costs:
         return {name: int(size) for name, size in found.items()}
 
     def _walk(self, kind: Footprint, hidden: int) -> int:
-        block = self.block * self.dtype.itemsize * self.streams
+        block = self.block * (self.dtype.itemsize * self.streams + (self.found.dtype.itemsize if self.found.dtype != self.dtype else 0))
         waiting = resident(kind, self.texts.windows, self.at_once, self.streams, heap=self.device.type == "cpu")
         problems = [(group.in_features, self._rows(group.names)) for group in kind.groups]
         written = 2 * hidden if self.config.residual_shift else 0
