@@ -4,7 +4,8 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
 
 - capture: what stands before the blocks, one block, hidden states T·h·e, one batch on its way.
 - walk: hidden states T·h·e, once more where targets are shifted (the original's stream) or a block is tuned (its inputs); the block
-  dense, once more as stored where that is another dtype, and its twin where targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with
+  dense and whole, though its weights leave when all have passed them, once more as stored where that is another dtype, and its twin where
+  targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with
   targets shifted; and with the group of n inputs and o stacked rows what solving it takes: n² float32 for H and for its factor, both once
   more in the dtype of the tall products, n·o for the weights and their codes, and for the rows that are solved at once float32 targets,
   errors and slopes. See `_Costs._solving`.
@@ -81,7 +82,7 @@ class Rates:
     column: float
     """Seconds a column of a layer that is solved, whatever its rows."""
     weight: float
-    """Seconds a weight of it, on top."""
+    """Seconds a weight of it, on top; of one thread."""
 
 
 @dataclass(frozen=True)
@@ -254,12 +255,13 @@ class _Costs:
         descends = bool(config.refit or config.descent)
         permuted = square if descends and config.desc_act else 0
         coarse = self.products.itemsize * n * n * (1 + descends) if self.products != torch.float32 else 0
+        blocks = n * solver.COLUMN_BLOCK * (FLOAT + self.products.itemsize)
         beside = size * matrix + (FLOAT * matrix if residual else 0)
         kept = matrix * (1 + FLOAT * bool(config.tuning_steps)) * (2 if rows > self.chunk else 1)  # the parts are put together
         flying = self._rows_in_flight(n, min(rows, self.chunk * self.chunks_at_once), descends)
-        preparing = 2 * square + shifts + permuted + max(coarse, permuted) + beside
+        preparing = 2 * square + shifts + permuted + max(coarse, permuted) + blocks + beside
         held = square if coarse else 2 * square  # L stays where it is the operand of the tall products itself
-        sweeping = held + shifts + permuted + coarse + beside + kept + flying
+        sweeping = held + shifts + permuted + coarse + blocks + beside + kept + flying
         writing = square + shifts + beside + (1 + size) * matrix
         return int(max(adding, factoring, shifting, preparing, sweeping, writing))
 
@@ -317,8 +319,8 @@ class _Costs:
             "hessian": sum(count * self._hessian(n) for count, n, _ in problems) / in_hessians,
             "factor": sum(count * n**3 / 3 for count, n, _ in problems) / rates.exact,
             "solve": sum(count * self._solve(n, rows, rates) for count, n, rows in problems),
-            "pack": sum(count * n * rows for count, n, rows in problems) * 40 / rates.elementwise,
-            "write": self.found.bytes / rates.digest,
+            "pack": sum(count * n * rows for count, n, rows in problems) * 8 / rates.elementwise,
+            "write": self.found.bytes * (1 / rates.digest + 3 / rates.elementwise),
         }
         if self.shifted:
             sums = sum(2.0 * self.tokens * n * n for n, rows in inside if rows)
@@ -349,7 +351,8 @@ class _Costs:
         beyond = n * rows * max(n - PROBED, 0)
         coarse = rates.product if self.products == self.dtype else rates.exact
         latents = 2 * beyond / rates.exact if self.config.tuning_steps else 0
-        return n * rates.column + n * rows * rates.weight + tall * beyond / coarse + latents
+        threads = solver.threads_for(rows, self.device)
+        return n * rates.column + n * rows * rates.weight / threads + tall * beyond / coarse + latents
 
 
 # -- rates ----------------------------------------------------------------------------------------------------------------
@@ -373,7 +376,12 @@ def measure(config: QuantizeConfig, device: torch.device, dtype: torch.dtype) ->
     elementwise = 2 * FLOAT * line.numel() / least(lambda: line * 1.5, device)
     data = bytes(16 << 20)
     digest = len(data) / least(lambda: sha256(data).digest(), device)
-    fewer, more = (least(_probe(config, rows, device, dtype), device, times=2) / PROBED for rows in PROBED_ROWS)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # as parts of a layer are solved
+        fewer, more = (least(_probe(config, rows, device, dtype), device, times=2) / PROBED for rows in PROBED_ROWS)
+    finally:
+        torch.set_num_threads(threads)
     weight = max(more - fewer, 0.0) / (PROBED_ROWS[1] - PROBED_ROWS[0])
     return Rates(fast, exact, elementwise, digest, max(fewer - weight * PROBED_ROWS[0], 0.0), weight)
 

@@ -72,7 +72,6 @@ def _solve_alike(
     except FactorizationError as error:
         if config.on_failure != "round":
             raise
-        prepared = damp_percent = failed_attempts = None
         fallback = str(error)
         solved = solver.round_to_nearest(weights, config)
     parts = [(weight, solved.rows(*span)) for weight, span in zip(weights.split(_rows(members)), _spans(members), strict=True)]

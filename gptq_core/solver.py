@@ -107,12 +107,16 @@ def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and device.type == "cpu" else torch.float32
 
 
+def threads_for(rows: int, device: torch.device) -> int:
+    """Threads of ours that share the rows of a weight."""
+    return max(1, min(torch.get_num_threads(), rows // FEWEST_ROWS)) if device.type == "cpu" else 1
+
+
 def _in_threads(weight: Tensor, solve_rows: Callable[[Tensor, Stages], Solution], timed: Stages) -> list[Solution]:
     """Solutions of the parts of a weight. On the CPU each thread solves parts of its own, with one thread of torch: rows do not depend
     on each other, and of what is done to a part only the tall products are large enough to be shared by threads."""
-    at_once, threads = ROWS_AT_ONCE.get(weight.device.type, ROWS_AT_ONCE["cuda"]), torch.get_num_threads()
-    threads = min(threads, weight.shape[0] // FEWEST_ROWS)
-    if weight.device.type != "cpu" or threads < 2:
+    at_once, threads = ROWS_AT_ONCE.get(weight.device.type, ROWS_AT_ONCE["cuda"]), threads_for(weight.shape[0], weight.device)
+    if threads == 1:
         return [solve_rows(part, timed) for part in weight.split(at_once)]
     parts = weight.split(min(at_once, -(-weight.shape[0] // threads)))
     clocks = [Stages(weight.device) for _ in parts]
@@ -187,7 +191,7 @@ def _blocks(factor: Factor, size: int, dtype: torch.dtype) -> list[Block]:
         triangle = factor.lower[rows, rows].flip(0, 1)  # R_bb
         inverse = torch.linalg.solve_triangular(triangle, torch.eye(end - begin, dtype=triangle.dtype, device=triangle.device), upper=True)
         feedback = inverse / inverse.diagonal().unsqueeze(1)
-        found.append(Block(factor.order[begin:end], rows, triangle.diagonal(), feedback, inverse.flip(0).T.to(dtype)))
+        found.append(Block(factor.order[begin:end], rows, triangle.diagonal().clone(), feedback, inverse.flip(0).T.to(dtype)))
     return found
 
 
@@ -212,8 +216,7 @@ def _solve_rows(weight: Tensor, prepared: Prepared, config: QuantizeConfig, time
     g_idx = torch.empty_like(original_group)
     g_idx[prepared.order] = original_group if config.desc_act else original_group[prepared.order]
     with timed("sweep"):
-        described = prepared.descended is not None
-        codes, errors, loss = sweep(target, prepared.blocks, prepared.lower, g_idx, fitted, fit, importance, described, timed)
+        codes, errors, loss = sweep(target, prepared, g_idx, fitted, fit, timed)
     del target  # as large as what comes now
     if prepared.descended is not None:
         with timed("descent"):
@@ -258,28 +261,25 @@ def round_to_nearest(weight: Float[Tensor, "out columns"], config: QuantizeConfi
 
 def sweep(
     target: Float[Tensor, "columns out"],
-    blocks: list[Block],
-    lower: Float[Tensor, "columns columns"],
+    prepared: Prepared,
     group_of: Int[Tensor, " columns"],
     fitted: grid.Grid,
     fit: QuantizeConfig | None,
-    importance: Float[Tensor, " columns"],
-    keep_errors: bool,
-    timed: Stages | None = None,
+    timed: Stages,
 ) -> tuple[UInt8[Tensor, "columns out"], Float[Tensor, "columns out"] | None, Float[Tensor, " out"]]:
-    """Codes of a target, the errors (w - q)L by the rows of L where they are to be kept, and the sum of their squares, which is the loss.
+    """Codes of a target, the errors (w - q)L by the rows of L if a descent wants them, and the sum of their squares, which is the loss.
 
-    Columns of target, codes, `group_of` and `importance` stand in their original order. lower: the factor's, in the dtype of the tall
-    products, which is also that of the errors. With `fit`, each group is a run of the processing order and its row of `fitted` is
-    filled when the sweep reaches it; without, `fitted` is complete and groups may be interleaved.
+    Columns of target, codes and `group_of` stand in their original order; errors are in the dtype of the tall products. With `fit`, each
+    group is a run of the processing order and its row of `fitted` is filled when the sweep reaches it; without, `fitted` is complete
+    and groups may be interleaved.
     """
-    timed, (columns, out) = timed or Stages(target.device), target.shape
+    (columns, out), blocks, lower = target.shape, prepared.blocks, prepared.lower
     codes = torch.empty(columns, out, dtype=torch.uint8, device=target.device)
     delta = torch.empty(columns, out, dtype=lower.dtype, device=target.device)
-    errors = torch.empty_like(delta) if keep_errors else None
+    errors = None if prepared.descended is None else torch.empty_like(delta)
     loss = target.new_zeros(out)
     # which groups are fitted in turn, asked for once: on a GPU that waits for it
-    fitted_next = iter(group_of[torch.cat([b.here for b in blocks])[:: columns // fitted.scales.shape[0]]].tolist() if fit else [])
+    fitted_next = iter(group_of[prepared.order[:: columns // fitted.scales.shape[0]]].tolist() if fit else [])
     tall = max(1, TALL_COLUMNS // blocks[0].here.numel())
     for number, block in enumerate(blocks):
         here, rows = block.here, block.rows
@@ -296,13 +296,13 @@ def sweep(
         for start in range(0, length, run):
             part = slice(start, min(start + run, length))
             if fit:
-                g = next(fitted_next)
+                g, importance = next(fitted_next), prepared.importance[here[part]]
                 with timed("scales"):
-                    fitted.scales[g], fitted.zeros[g] = (t[0] for t in grid.fit(now[None, part], importance[None, here[part]], fit))
+                    fitted.scales[g], fitted.zeros[g] = (t[0] for t in grid.fit(now[None, part], importance[None], fit))
             found[part] = round_columns(now[part], block.feedback[part, part], fitted.scales, fitted.zeros, group[part], fitted.max_code)
             if part.stop < length:
                 now[part.stop :].addmm_(block.feedback[part, part.stop :].T, now[part], alpha=-1)
-        error = errors[rows] if keep_errors else None
+        error = None if errors is None else errors[rows]
         settle(found, now, target, here, fitted.scales, fitted.zeros, group, block.diagonal, codes, delta[rows], error, loss)
     return codes, errors, loss
 

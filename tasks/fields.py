@@ -67,7 +67,7 @@ def tags(config: RunConfig, record: dict[str, Any]) -> dict[str, str]:
         "gptq.group_size": str(wanted.group_size), "gptq.recipe": wanted.recipe, "gptq.format": wanted.format,
         "gptq.calibration": record["calibration_data"]["digest"], "gptq.evaluation": record["evaluation_data"]["digest"],
         "gptq.evaluation_error": record["evaluation_error"], "gptq.sweep": cell.get("id"), "gptq.cell": cell.get("cell"),
-        "gptq.device": machine["gpu"] if device == "cuda" else device,
+        "gptq.device": machine["gpu"] if device == "cuda" else device, "gptq.kernels": record.get("kernels"),
         **_made_by(record), **gate_tags(record),
     }  # fmt: skip
     return {key: (value or "")[:LONGEST_TAG] for key, value in known.items()}

@@ -70,6 +70,7 @@ def new(config: RunConfig, key: str) -> dict[str, Any]:
         "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}", "key": key, "config": config.model_dump(mode="json"), "out": str(config.out),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "finished_ms": None, "seconds": None, "stage_seconds": {},
         "peak_memory_bytes": None, "machine": machine(), "source": source(), "system": None, "model_digest": None, "device": None,
+        "kernels": None,
         "calibration_data": None, "evaluation_data": None, "allocation": None, "assembly": None, "evaluation": None,
         "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "prefect_flow_run_url": None, "sweep": None, "mlflow": None,
         "gate": None, "registry": None, "notified": None,
@@ -114,10 +115,10 @@ def _revision(checkout: Path) -> str | None:
 
 
 def of_manifest(out: str | Path) -> dict[str, Any]:
-    """What a run's record takes from its checkpoint's manifest: {"model_digest", "device": its type}."""
+    """What a run's record takes from its checkpoint's manifest: {"model_digest", "device": its type, "kernels": who ran its loops}."""
     with (Path(out) / MANIFEST).open(encoding="utf-8") as lines:
         run = json.loads(lines.readline())
-    return {"model_digest": run["model_sha256"], "device": run["versions"]["device"]}
+    return {"model_digest": run["model_sha256"], "device": run["versions"]["device"], "kernels": run["versions"].get("kernels")}
 
 
 def milliseconds(moment: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from oracles import problem, textbook_gptq
 
 from gptq_core import Quantization, QuantizeConfig
+from gptq_core.kernels import dispatch
 
 BENCH = Path(__file__).parent / "bench"
 WITH_ARGUMENTS = sorted(path.name for path in BENCH.glob("*.py") if "ArgumentParser" in path.read_text())
@@ -157,7 +158,7 @@ def test_solver(bench, monkeypatch, tmp_path):
         assert own["seconds"].keys() >= {"textbook sweep", "textbook factor", "factor", "classic", "static: sweep", "tuned: descent"}
         assert own["loss, ours over the loop's"] == pytest.approx(1, rel=0.05), "not the same problem"
         assert min(own["loop over ours"].values()) > 0 and min(own["over its products"].values()) > 0
-    assert "| tuned: scales, s |" in page and results["exponent"] > 0
+    assert "| tuned: scales, s |" in page and len(results["exponents"]) == len(results["sizes"]) - 1 > 0
 
 
 def test_growth(bench, monkeypatch, tmp_path):
@@ -206,10 +207,21 @@ def test_gpu_bench_runs_on_a_cpu_with_the_engine_alone(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"sitecustomize.py", "out"}, "the model and the checkpoints are left behind"
 
 
-def test_fused_kernels(bench, monkeypatch, tmp_path):
-    start(bench("fused_kernels"), monkeypatch, "--device", "cpu", "--rows", "32,64", "--columns", 256, "--times", 1, "--out", tmp_path)
+def test_kernels(bench, monkeypatch, tmp_path):
+    start(bench("kernels"), monkeypatch, "--device", "cpu", "--rows", "32,64", "--columns", 256, "--times", 1, "--out", tmp_path)
     results, page = written(tmp_path)
-    assert [own["what"].split(",")[0] for own in results["calls"]] == 2 * ["sweep", "descent", "scales"]
-    assert all(own["kernel"] > 0 and own["twin"] > 0 for own in results["calls"])
-    # here both are the twin
-    assert not results["fused"] and all(own["alike"] == 1 for own in results["calls"]) and "No fused kernel runs" in page
+    products = dispatch.compiles_products()
+    assert [own["what"].split(",")[0] for own in results["calls"]] == 2 * ["sweep", "books", "descent", "scales"] + products * ["hessian"]
+    assert all(own["kernel"] > 0 and own["twin"] > 0 and own["alike"] > 0.95 for own in results["calls"])
+    assert results["kernels"] == dispatch.implementation(torch.device("cpu"), torch.bfloat16)
+    assert ("both columns are the twin" in page) == (not dispatch.compiles())
+
+
+def test_the_twin_of_a_kernel_is_plain_torch(bench, monkeypatch):
+    """Both columns would be the same, and alike, if the kernel stood in for its twin."""
+    kernels, given = bench("kernels"), []
+    monkeypatch.setattr(dispatch, "kernels", lambda *_tensors: given.append(True))
+    for each in kernels.problems(8, 256, torch.device("cpu")):
+        given.clear()
+        kernels.compare(each, torch.device("cpu"), 1)
+        assert len(given) == 2, each[0]

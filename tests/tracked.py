@@ -44,7 +44,7 @@ def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str
     record = records.new(config, hashlib.sha256(config.out.name.encode()).hexdigest()) | {
         "started": "2023-11-14T22:13:10Z", "finished_ms": DAY, "seconds": 3.0, "stage_seconds": {"forward": 1.0},
         "peak_memory_bytes": {"host": 5}, "calibration_data": data, "evaluation_data": data | {"digest": "e" * 64, "source": "h.txt"},
-        "prefect_flow_run_id": "p", "model_digest": "m" * 64, "device": "cpu",
+        "prefect_flow_run_id": "p", "model_digest": "m" * 64, "device": "cpu", "kernels": "c",
         "system": {"interval_seconds": 1.0, "times_ms": [DAY - 2000, DAY - 1000],
                    "metrics": {"cpu_utilization_percentage": [50.0, None], "system_memory_usage_megabytes": [1.0, 2.0]}},
         "assembly": {"bytes": 10, "original_bytes": 40, "bits_per_weight": 4.2, "quantized_layers": 4, "fallback_layers": [],

@@ -29,6 +29,8 @@ def round_columns(
     """
     block = now.shape[0]
     kernels = dispatch.kernels(now, feedback, scales, zeros, group)
+    if kernels and block <= dispatch.LARGEST_BLOCK:
+        return kernels.round_columns(now, feedback, scales, zeros, group, max_code)
     if kernels:
         codes = torch.empty(block, now.shape[1], dtype=torch.uint8, device=now.device)
         for start in range(0, block, dispatch.LARGEST_BLOCK):
@@ -72,7 +74,7 @@ def settle(
     """Book what `round_columns` has made of a block, whose columns are the rows `here` of target and codes: their codes; in `delta`,
     target less rounded weight, and in `errors`, (w - q)L, both with the last column first and in their own dtype; in `loss`, Σ errors².
 
-    left: the conditional targets less the rounded weights. diagonal: R[i,i]. All but target, found and the grid are written.
+    left: the conditional targets less the rounded weights, which the twin writes to. diagonal: R[i,i].
     """
     kernels = dispatch.kernels(left, target, scales, zeros, diagonal, loss)
     if kernels and hasattr(kernels, "settle"):

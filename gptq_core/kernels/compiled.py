@@ -1,5 +1,5 @@
-"""The three innermost loops in C, for float32 on the CPU: loops.c, built once a machine by its C compiler; and with it products.c, sums of
-products of bfloat16 inputs. See dispatch.py.
+"""The innermost loops in C, for float32 on the CPU: loops.c (rounding, its books, descent, the search for scales), built once a machine by
+its C compiler; and with it products.c, sums of products of bfloat16 inputs. See dispatch.py.
 
 A twin starts hundreds of operations a block, each of which reads and writes what the one before it wrote; here a tile of outputs stays
 in registers and the nearest cache from its first column to its last, and Python's lock is free meanwhile, so that threads run side by

@@ -3,8 +3,8 @@ columns.py, descent.py and scales.py.
 
 The tensors decide, nothing is set: float32 goes to Triton on a GPU for which it can compile here, to C on a CPU for which this machine
 has a C compiler, all else to the twin. CUDA builds of torch for Linux bring Triton along; it builds a helper of its own with the
-machine's C compiler when it is first used. A run's record says which it was. Products of bfloat16 inputs, which torch's own operations
-would round, go to C where the processor has instructions for them.
+machine's C compiler when it is first used. A run's record and MLflow say which it was. Products of bfloat16 inputs, which torch's own
+operations would round, go to C where the processor has instructions for them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ in order. Registers cannot be indexed by what is known only at run time, so a co
 goes to the columns that follow as an outer product; also to those already done, which nobody reads again. That is twice the
 arithmetic of a triangle and none of its memory traffic. The rest is loaded where it is needed; rows of scales and of the feedback
 are shared by many programs and come from the cache. Longer blocks, those of dynamic groups of more than LARGEST_BLOCK columns, are
-cut by the twin, with a GEMM between the parts; in descent they are left to the twin, its caller makes none.
+cut by columns.round_columns, with a GEMM between the parts; in descent they are left to the twin, its caller makes none.
 
 The search holds one candidate at a time, its error, and the best so far; the weights of its tile are read again for each candidate,
 from the cache as long as a group of columns x TILE floats fits there. Groups of any length go through in chunks.
@@ -20,7 +20,7 @@ where its target is within about 1e-4 of a step of a tie, with what follows from
 candidates are as good up to rounding. The kernels also run in Triton's interpreter, on the CPU, where TRITON_INTERPRET=1 was set
 before Triton was imported. No function here waits for the device.
 
-This module imports Triton, so only dispatch's callers import it, and only when they use it.
+This module imports Triton, so dispatch imports it only when a tensor is to go there.
 """
 
 from typing import no_type_check

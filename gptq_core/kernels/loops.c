@@ -1,4 +1,4 @@
-/* The three innermost loops for processors: see compiled.py, which builds and calls them.
+/* The innermost loops for processors: see compiled.py, which builds and calls them.
 
    Tensors are transposed: a row holds one column of the layer for all outputs, and a stride is the way from one row to the next.
    Outputs do not depend on each other. They go through in tiles that fit into registers, `width` of them; all but the last tile of a

@@ -7,14 +7,16 @@ hessian   T n² per group: the symmetric half
 shift     2 T n² for ΔC and 2 T n · hidden for ΔR; n³/3 + 4 n² r to solve for the targets
 factor    n³/3 per group
 scales    8 operations a weight and candidate (scale, round, clamp, unscale, subtract, square, weigh, sum); min-max: 2 a weight
-sweep     n² r for the tall products, n B r for the triangular solve and the products inside column blocks of B = 128
+sweep     n² r for the tall products, n B r for the small ones with R_bb⁻ᵀ and inside column blocks of B = 128
 descent   n² r for the first slopes, n² r for the last pass and 2 n² r for every other one, n B r a pass inside the blocks
 pack      codes read once to pack and once to count, packed words written
 read      every shard digested once, as many at a time as there are cores, or the largest alone where that takes longer; reading itself can
           be hidden behind the work
 write     every written byte digested once
 
-Nothing is charged for what fills and empties memory between the products: norms, rotations, casts, copies. Tuning has no floor.
+Tall products count at the rate of their operands' dtype, what is inside the blocks at that of float32, and an elementwise operation as half
+a multiply and add of a float32 product. Nothing is charged for what fills and empties memory between the products: norms, rotations, casts,
+copies. Tuning has no floor.
 """
 
 from __future__ import annotations
@@ -28,16 +30,14 @@ from typing import Any
 
 import torch
 
-from gptq_core import Quantization, architecture
+from gptq_core import Quantization, architecture, solver
 from gptq_core.estimate import least
 from gptq_core.footprint import footprints
 from gptq_core.hessian import products_dtype
-from gptq_core.kernels.scales import COARSE_STEPS, FINE_STEPS
+from gptq_core.kernels.scales import coarse_candidates, fine_offsets
 
 COLUMN_BLOCK = 128
 OPERATIONS_A_CANDIDATE = 8
-CANDIDATES = {True: 2 * COARSE_STEPS + 2 * (FINE_STEPS - 1), False: 3 * COARSE_STEPS + 2 * (FINE_STEPS - 1)}
-"""Scales that the search tries for a group, by `sym`."""
 SUSPECT = 3.0
 """Times its floor from which a stage is to be explained."""
 
@@ -49,7 +49,7 @@ class Rates:
     products: dict[str, float]
     """FLOP of a square matrix product, by dtype."""
     elementwise: float
-    """Elementwise float32 operations: on the CPU one torch operation on what fits a cache; on a GPU one a lane and clock."""
+    """Elementwise float32 operations, one a lane and clock: half of a float32 product's."""
     copy: float
     """Bytes read and written by a copy of what fits no cache."""
     digest: float
@@ -79,16 +79,6 @@ def measure(device: torch.device, dtypes: set[torch.dtype], small: bool = False)
     for dtype in sorted(dtypes | {torch.float32}, key=str):
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         products[str(dtype).removeprefix("torch.")] = 2 * side**3 / least(lambda left=left, right=right: left @ right, device)
-    if gpu:
-        elementwise = products["float32"] / 2
-    else:
-        line, factors = torch.randn(64, 1024), torch.ones(64, 1024)
-
-        def multiply() -> None:
-            for _ in range(100):
-                line.mul_(factors)
-
-        elementwise = 100 * line.numel() / least(multiply, device)
     source = torch.ones((1 << 20) if small else (1 << 30) if gpu else (1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.numel() / least(lambda: target.copy_(source), device)
@@ -96,18 +86,20 @@ def measure(device: torch.device, dtypes: set[torch.dtype], small: bool = False)
     with ThreadPoolExecutor(cores) as pool:
         digest = len(data) / least(lambda: sha256(data).digest(), device)
         digests = cores * len(data) / least(lambda: list(pool.map(lambda _: sha256(data).digest(), range(cores))), device)
-    return Rates(products, elementwise, copied, digest, digests)
+    return Rates(products, products["float32"] / 2, copied, digest, digests)
 
 
-def sweep_flop(n: int, rows: int) -> float:
-    """Matrix products of the sweep over a layer of n inputs."""
-    return float(n * n + n * COLUMN_BLOCK) * rows
+def sweep_flop(n: int, rows: int) -> tuple[float, float]:
+    """Matrix products of the sweep over a layer of n inputs: the tall ones, and those inside and beside column blocks."""
+    return float(n * n * rows), float(n * COLUMN_BLOCK * rows)
 
 
 def floors(run: Quantization, rates: Rates) -> dict[str, Floor]:
     """By stage, of a run that is complete; the formulas stand at the top."""
-    config, inputs = run.config, str(run.dtype).removeprefix("torch.")
-    sums = str(products_dtype(run.dtype, run.device)).removeprefix("torch.")
+    config = run.config
+    inputs, sums, tall = (str(dtype).removeprefix("torch.") for dtype in (
+        run.dtype, products_dtype(run.dtype, run.device), solver.products_dtype(run.dtype, run.device)
+    ))  # fmt: skip
     tokens, groups = run.windows.tokens.numel(), _groups(run)
     amounts = {"forward": (_forward(run), inputs), "hessian": (tokens * sum(n * n for n, _, _ in groups), sums)}
     rounds = max(config.descent, 1) if config.refit or config.descent else 0
@@ -117,11 +109,14 @@ def floors(run: Quantization, rates: Rates) -> dict[str, Floor]:
         amounts["shift: targets"] = (sum(n**3 / 3 + 4 * n * n * rows for n, rows, _ in groups), "float32")
     amounts["factor"] = (sum(n**3 / 3 for n, _, _ in groups), "float32")
     weights = sum(n * rows for n, rows, _ in groups)
-    tried = OPERATIONS_A_CANDIDATE * CANDIDATES[config.sym] if config.scale_search == "weighted" else 2
+    candidates = len(coarse_candidates(config.sym)) + len(fine_offsets())
+    tried = OPERATIONS_A_CANDIDATE * candidates if config.scale_search == "weighted" else 2
     amounts["scales"] = (tried * weights, "elementwise")
-    amounts["sweep"] = (sum(sweep_flop(n, rows) for n, rows, _ in groups), "float32")
+    swept = [sweep_flop(n, rows) for n, rows, _ in groups]
+    amounts |= {"sweep: tall": (sum(far for far, _ in swept), tall), "sweep: inside": (sum(near for _, near in swept), "float32")}
     if rounds:
-        amounts["descent"] = (sum((2 * rounds * n + rounds * COLUMN_BLOCK) * n * rows for n, rows, _ in groups), "float32")
+        amounts["descent: tall"] = (sum(2 * rounds * far for far, _ in swept), tall)
+        amounts["descent: inside"] = (sum(rounds * near for _, near in swept), "float32")
     amounts["pack"] = ((2 + config.bits / 8) * weights, "copy")
     shards = [(run.source.folder / file).stat().st_size for file in run.source.shards()]
     alone = max(shards) / rates.digest > sum(shards) / rates.digests
@@ -164,12 +159,17 @@ def _forward(run: Quantization) -> float:
 
 
 def _joined(found: dict[str, Floor]) -> dict[str, Floor]:
-    """The two parts of the shift as one stage."""
-    parts = [found.pop(name) for name in ("shift: products", "shift: targets") if name in found]
-    if parts:
-        rate = " + ".join(dict.fromkeys(part.rate for part in parts))
-        found["shift"] = Floor(sum(part.amount for part in parts), "FLOP", rate, sum(part.seconds for part in parts))
-    return found
+    """Parts of a stage, "stage: part", as one."""
+    stages: dict[str, list[Floor]] = {}
+    for name, part in found.items():
+        stages.setdefault(name.partition(":")[0], []).append(part)
+    return {
+        name: Floor(
+            sum(part.amount for part in parts), parts[0].unit, " + ".join(dict.fromkeys(part.rate for part in parts)),
+            sum(part.seconds for part in parts),
+        )
+        for name, parts in stages.items()
+    }  # fmt: skip
 
 
 def stage_records(seconds: dict[str, float], found: dict[str, Floor]) -> dict[str, dict[str, Any]]:

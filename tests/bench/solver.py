@@ -1,6 +1,6 @@
 """The solver alone, given H: ours beside a plain loop as the paper writes it, and beside the matrix products that it cannot do without.
 
-    PYTHONPATH=. python tests/bench/solver.py [--sizes 1024,2048,4096] [--threads 2] [--rounds 3]
+    PYTHONPATH=. python tests/bench/solver.py [--sizes 1024,2048,4096,8192] [--threads 2] [--rounds 3]
 
 For each size a layer of size × size (--rows: other numbers of outputs) and a Hessian of twice as many tokens. What is timed:
 
@@ -10,13 +10,14 @@ sweep       from that and the weight to codes. The loop fits min-max scales as i
             `static` fits them before. `tuned` searches scales before, sweeps, and descends afterwards; the three are told apart
 
 All of them once in every round, beside a square float32 product of that size; medians over the rounds, ratios within a round. Products of
-the sweep: in² · rows FLOP for the tall ones, in · 128 · rows for the triangular solves and inside the column blocks. Growth: seconds over
-rows · in², and how they grow from the first size to the last. Into --out go a dated .json and .md.
+the sweep: in² · rows FLOP for the tall ones, in · 128 · rows for the small ones beside and inside the column blocks. Growth: seconds over
+rows · in², and how they grow from each size to the next. Into --out go a dated .json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import time
@@ -91,7 +92,7 @@ def one_round(weight: Tensor, hessian: Tensor, tokens: int, bits: int, group_siz
     """Seconds of everything once; and `loss`, ours (classic) over the loop's."""
     rows, columns = weight.shape
     square = torch.randn(columns, columns)
-    found = {"gemm": timed(lambda: square @ square)[0] / (2 * columns**3) * sweep_flop(columns, rows)}
+    found = {"gemm": timed(lambda: square @ square)[0] / (2 * columns**3) * sum(sweep_flop(columns, rows))}
     found["textbook factor"], upper = timed(lambda: textbook_factor(hessian))
     found["textbook sweep"], (_, loss) = timed(lambda: textbook_sweep(weight, upper, bits, group_size))
     common = {"bits": bits, "group_size": group_size, "damp_percent": DAMPING}
@@ -122,7 +123,7 @@ def summarized(rounds: list[dict[str, float]], rows: int, columns: int) -> dict[
         return statistics.median(map(value, rounds))
 
     found["loss, ours over the loop's"] = found["seconds"].pop("loss")
-    found["gemm_flop_rate"] = sweep_flop(columns, rows) / found["seconds"]["gemm"]
+    found["gemm_flop_rate"] = sum(sweep_flop(columns, rows)) / found["seconds"]["gemm"]
     found["loop over ours"] = {
         "sweep": middle(lambda r: r["textbook sweep"] / r["classic"]),
         "sweep, static": middle(lambda r: r["textbook sweep"] / r["static"]),
@@ -157,14 +158,15 @@ def document(results: dict[str, Any]) -> str:
     growth, loss = "nanoseconds a row and column²", "loss, ours over the loop's"
     row(f"static: sweep, {growth}", lambda own: f"{own[growth]:.5f}")
     row(f"classic: {loss}", lambda own: f"{own[loss]:.4f}")
-    if results["exponent"] is not None:
-        lines += ["", f"From the first size to the last the static sweep grows as (rows · in²) to the {results['exponent']:.2f}."]
+    if results["exponents"]:
+        powers = ", ".join(f"{exponent:.2f}" for exponent in results["exponents"])
+        lines += ["", f"From each size to the next the static sweep grows as (rows · in²) to the power of: {powers}."]
     return head(results, "Solver") + "\n\n" + "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="1024,2048,4096", type=lambda text: [int(size) for size in text.split(",")])
+    parser.add_argument("--sizes", default="1024,2048,4096,8192", type=lambda text: [int(size) for size in text.split(",")])
     parser.add_argument("--rows", type=int, help="outputs; without it as many as inputs")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128, help="divides 128 or is a multiple of it")
@@ -175,15 +177,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results, others = begun({"bits": args.bits, "group_size": args.group_size, "rounds": args.rounds}, CPU), Others()
     results["sizes"] = []
-    for columns in sorted(args.sizes):
+    for columns in sorted(set(args.sizes)):
         weight, hessian = problem(args.rows or columns, columns)
         mean = hessian.mean()
         rounds = [one_round(weight, mean, hessian.tokens, args.bits, args.group_size) for _ in range(1 + args.rounds)][1:]
         results["sizes"].append(summarized(rounds, *weight.shape) | {"runs": rounds})
     results["others"] = others.cores
-    first, last = results["sizes"][0], results["sizes"][-1]
-    work = math.log(last["rows"] * last["columns"] ** 2 / (first["rows"] * first["columns"] ** 2))
-    results["exponent"] = math.log(last["seconds"]["static: sweep"] / first["seconds"]["static: sweep"]) / work if work else None
+    results["exponents"] = [
+        math.log(larger["seconds"]["static: sweep"] / size["seconds"]["static: sweep"])
+        / math.log(larger["rows"] * larger["columns"] ** 2 / (size["rows"] * size["columns"] ** 2))
+        for size, larger in itertools.pairwise(results["sizes"])
+    ]
     text = document(results)
     write(args.out, f"w{args.bits}g{args.group_size}-t{args.threads}", results, text)
     print(text)

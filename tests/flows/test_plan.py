@@ -27,7 +27,8 @@ def test_the_plan_tells_memory_bytes_and_seconds(tiny_llama, corpus, tmp_path):
     assert set(found) == KEYS and found["blocks"] == 2 and found["fits"] is True
     assert set(found["left"].values()) == {"dynamic: -:.*0.mlp"} and len(found["left"]) == 3
     assert found["total_seconds"] == sum(found["seconds"].values()) > 0
-    assert found["original_bytes"] > found["mapped_bytes"] > 0 and found["host_bytes"] > found["mapped_bytes"] and found["device_bytes"] == 0
+    assert found["original_bytes"] > found["mapped_bytes"] > 0 and found["host_bytes"] > found["mapped_bytes"]
+    assert found["device_bytes"] == 0
     assert found["write_bytes"] > found["bytes"]
     table = CliRunner().invoke(app, ["plan", request, "--set", "quantization.dynamic={'-:.*0.mlp': {}}"]).stdout
     for said in ("peak memory", "reads", "writes", "about", "gate_proj and 2 more: dynamic: -:.*0.mlp", "vLLM"):

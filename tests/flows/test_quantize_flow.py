@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 import tasks.evaluate
 from flows.cli import app
+from gptq_core.kernels.dispatch import implementation
 from tasks import record as records
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -65,6 +67,7 @@ def test_checkpoint_record_table_mlflow_and_prefect_agree(done, home):
     assert run.info.run_id in link.data and run.data.tags["prefect.flow_run_id"] == str(flow_run.id)
     assert run.data.tags["prefect.flow_run_url"].endswith(f"/runs/flow-run/{flow_run.id}")
     assert run.data.metrics["system/system_memory_usage_percentage"] > 0 and run.data.tags["gptq.device"] == "cpu"
+    assert run.data.tags["gptq.kernels"] == record["kernels"] == implementation(torch.device("cpu"), torch.float32)
     assert len(run.data.tags["gptq.model_digest"]) == 64 and run.info.end_time == record["finished_ms"]
     assert flow_run.state.is_completed() and flow_run.parameters["config"]["quantization"]["bits"] == 4
     assert {"quantize_block-0", "quantize_block-1"} <= names

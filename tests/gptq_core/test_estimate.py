@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import quantize, save_model, windows
 
-from gptq_core import Quantization, QuantizeConfig, estimate, plan
+from gptq_core import Quantization, QuantizeConfig, estimate, plan, solver
 from gptq_core.errors import InputError
 from gptq_core.estimate import Rates, Texts
 from gptq_core.hessian import Hessian
@@ -203,6 +203,17 @@ def test_solving_grows_with_the_squares_of_the_columns_beyond_the_probe(llama):
 
     counted = [products(recipe="classic", descent=passes) for passes in (0, 1, 2)]
     assert [*counted, products()] == pytest.approx([1, 3, 5, 3])  # what is not said is tuned, with one pass
+
+
+def test_rows_are_shared_by_as_many_threads_as_solve_them(llama, monkeypatch):
+    config = QuantizeConfig(**W4)
+    costs = estimate._Costs(plan.plan(str(llama), config), config, Texts(1, 32, 32, 1), torch.device("cpu"), torch.float32)
+    rates = dataclasses.replace(UNIT, weight=1.0)
+    spent = {}
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        spent[threads] = [costs._solve(estimate.PROBED, rows, rates) for rows in (solver.FEWEST_ROWS - 1, 2 * solver.FEWEST_ROWS, 1 << 20)]
+    assert [one / four for one, four in zip(spent[1], spent[4], strict=True)] == pytest.approx([1, 2, 4])
 
 
 def test_a_forward_in_bfloat16(llama, monkeypatch):

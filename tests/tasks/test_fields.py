@@ -62,7 +62,7 @@ def test_every_number_has_its_name_step_and_time(tmp_path):
 
 def test_a_record_of_before_is_told_as_far_as_it_goes(tmp_path):
     record = make_record(config := make_config(tmp_path))
-    for key in ("system", "source", "model_digest", "device", "sweep", "prefect_flow_run_url"):
+    for key in ("system", "source", "model_digest", "device", "kernels", "sweep", "prefect_flow_run_url"):
         del record[key]
     record["machine"] = {"gpu": None}
     record["evaluation"] = {"original_perplexity": 2.0, "quantized_perplexity": 2.5, "kl": None, "top1_agreement": 0.5}
@@ -83,7 +83,7 @@ def test_tags_are_what_people_filter_by(tmp_path):
     record = make_record(config, machine=records.machine() | {"gpu": "H200"}, source={"version": "1", "git": "abc-dirty"}, device="cuda")
     tags = fields.tags(config, record)
     assert {"gptq.kind": "run", "gptq.model": "llama", "gptq.model_revision": "main", "gptq.model_digest": "m" * 64, "gptq.bits": "4",
-            "gptq.group_size": "128", "gptq.recipe": "tuned", "gptq.device": "H200", "gptq.code_version": "1",
+            "gptq.group_size": "128", "gptq.recipe": "tuned", "gptq.device": "H200", "gptq.kernels": "c", "gptq.code_version": "1",
             "mlflow.source.git.commit": "abc-dirty", "gptq.evaluation": "e" * 64, "gptq.calibration": "d" * 64, "gptq.gate": "failed",
             "prefect.flow_run_id": "p", "gptq.host": record["machine"]["host"]}.items() <= tags.items()  # fmt: skip
     assert "0.25 is above 0.1" in tags["gptq.gate.failed"] and all(isinstance(value, str) for value in tags.values())
