@@ -21,7 +21,7 @@ from gptq_core.kernels import compiled, dispatch
 PANELS = 8
 """Column panels of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
 PANEL_WIDTHS = {"cpu": (compiled.PANEL, compiled.PANEL), "cuda": (512, 2048)}
-"""The narrowest and the widest."""
+"""The narrowest and the widest, between which the width is that of PANELS; on the CPU it is what the loop in C holds at once."""
 
 
 class Hessian:

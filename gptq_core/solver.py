@@ -41,7 +41,7 @@ TALL_COLUMNS = 256
 ROWS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 """Outputs that are solved together: on the CPU their targets and errors stay in the cache, and memory does not grow with the layer."""
 FEWEST_ROWS = 1024
-"""Outputs that are worth a thread on the CPU: with fewer, most of the time goes into starting operations, one thread after the other."""
+"""Outputs that are worth a thread on the CPU: with fewer, the tall products of each are too small, and too many operations are started."""
 LATENT_REACH = 0.49
 """Less than half a step, so that a latent rounds to its code."""
 POWER_ROWS = 64

@@ -5,8 +5,8 @@
 For each number of stacked outputs: one column block of the sweep (128 columns), its books, one of the descent, and the search for all
 scales of a layer of --columns inputs, 4 bits, group 128, symmetric; and, where bfloat16 products are given to C, the Hessian of 2048 tokens
 beside the one in float32. Milliseconds of the device between the ends of one call, the median of some; how often both come to the same (of
-books and a Hessian: to bfloat16), since sums are taken in another order. A thread of the CPU, since the solver gives each a part of the rows. Where
-nothing but the twin runs, the table says so. Into --out go a dated .json and .md.
+books and a Hessian: to bfloat16), since sums are taken in another order. A thread of the CPU, since the solver gives each a part of the
+rows. Where nothing but the twin runs, the table says so. Into --out go a dated .json and .md.
 """
 
 from __future__ import annotations
