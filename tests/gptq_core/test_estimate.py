@@ -225,13 +225,58 @@ def test_a_forward_in_bfloat16(llama, monkeypatch):
     assert costs("bfloat16").seconds["hessian"] == exact.seconds["hessian"]
 
 
+def costs_of(llama, dtype=torch.float32, **fields):
+    config = QuantizeConfig(**W4 | fields)
+    return estimate._Costs(plan.plan(str(llama), config), config, Texts(64, 32, 32, 1), torch.device("cpu"), dtype)
+
+
 def test_rows_that_are_solved_at_once(llama, monkeypatch):
     """Beyond a chunk for each thread, rows take what outlives their chunk alone."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    config = QuantizeConfig(**W4, recipe="tuned")
-    costs = estimate._Costs(plan.plan(str(llama), config), config, Texts(1, 32, 32, 1), torch.device("cpu"), torch.float32)
+    costs = costs_of(llama, recipe="tuned")
     one, two, three, four = (costs._solving(512, chunks * costs.chunk) for chunks in (1, 2, 3, 4))
     assert two - one > 4 * (four - three) and four - three == (4 + 2) * 512 * costs.chunk
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields", "prepared", "swept"),
+    [
+        (torch.float32, {"recipe": "classic"}, 2, 2),  # H and L, which is the operand
+        (torch.float32, {}, 2, 2),  # H descends as it is
+        (torch.float32, {"desc_act": True}, 4, 3),  # beside it in another order, and while that is made once more
+        (torch.bfloat16, {"recipe": "classic"}, 2.5, 1.5),  # L in half the bytes, and then alone
+        (torch.bfloat16, {}, 3, 2),  # and H so too
+        (torch.bfloat16, {"desc_act": True}, 4, 3),
+    ],
+    ids=str,
+)
+def test_squares_that_are_held_at_once(dtype, fields, prepared, swept, llama, monkeypatch):
+    """In float32's bytes: while one row's operands are made, and while it is solved, if rows took the most."""
+    costs, n = costs_of(llama, dtype, **fields), 2**20
+    square = 4 * n * n
+    assert costs._solving(n, 1) == pytest.approx(prepared * square, rel=0.01)
+    assert costs._solving(n, 1, residual=128) == pytest.approx(6 * square, rel=0.01)  # ΔC twice, H, damped, its factor, a copy
+    monkeypatch.setattr(costs, "_rows_in_flight", lambda *_: 100 * square)
+    assert costs._solving(n, 1) == pytest.approx((100 + swept) * square, rel=0.001)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_take_the_most_when_weights_are_made_of_their_codes(dtype, llama):
+    """H, the weights before and after, and the codes; not the factor any more."""
+    n, rows = 512, 2**20
+    assert costs_of(llama, dtype)._solving(n, rows) == 4 * n * n + (2 * dtype.itemsize + 1) * n * rows
+
+
+def test_a_batch_that_is_cast_for_its_hessian(llama, monkeypatch):
+    """2048 tokens at once, in float32 beside what they were; with targets shifted the difference too, in both."""
+    monkeypatch.setattr("gptq_core.kernels.dispatch.compiles_products", lambda: compiles)
+    costs, n, tokens = costs_of(llama, torch.bfloat16), 256, 2048
+    square, found = 4 * n * n, {}
+    for compiles in (True, False):
+        found[compiles] = costs._solving(n, 1), costs._solving(n, 1, residual=128)
+    assert found[False] == (square + 4 * tokens * n, 2 * square + 4 * 128 * n + (4 + 4 + 2) * tokens * n)
+    assert found[True][0] < 4 * square + tokens * n  # the squares of what comes after
+    assert costs_of(llama)._solving(n, 1) < 4 * square + tokens * n
 
 
 def test_the_count_of_a_hessians_panels(monkeypatch, llama):
