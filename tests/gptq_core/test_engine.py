@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, bytes_of, dense_twin, logits, quantize, save_model, windows
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gptq_core import Quantization, QuantizeConfig, engine, load_quantized
 from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError, OutputHeldError
@@ -197,6 +199,49 @@ def test_memory_does_not_grow_with_depth(tmp_path):
     # the last block has no next one to prefetch
     assert max(live[1:4]) - min(live[1:4]) < 4096
     assert live[4] <= live[3]
+
+
+def test_the_next_block_is_told_to_the_reader_on_a_cpu(tmp_path, monkeypatch):
+    model = save_model("llama", tmp_path / "model", num_hidden_layers=3)
+    expected = []
+    monkeypatch.setattr("gptq_core.checkpoint.reader.Checkpoint.expect", lambda self, names: expected.append(sorted(names)))
+    quantize(model, tmp_path / "out", W4)
+    names = sorted(load_file(model / "model.safetensors"))
+    assert expected == [[name for name in names if name.startswith(f"model.layers.{index}.")] for index in (1, 2)]
+
+
+def test_a_weight_leaves_when_it_is_solved(tmp_path, monkeypatch):
+    """Not with its block: the tensor that was read is gone when the next input group comes."""
+    model = save_model("llama", tmp_path / "model")
+    read, alive = {}, []
+    with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
+        run.capture()
+        read_block, solve = run._read_block, engine.solve_group
+
+        def reading(index):
+            found = read_block(index)
+            read.update({name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in found.items()})
+            return found
+
+        def solving(members, *rest):
+            alive.append({name.split(".")[-2] for name, storage in read.items() if name.endswith("proj.weight") and not storage.expired()})
+            return solve(members, *rest)
+
+        monkeypatch.setattr(run, "_read_block", reading)
+        monkeypatch.setattr(engine, "solve_group", solving)
+        run.quantize_block(0)
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    assert alive == [{"q_proj", "k_proj", "v_proj", "o_proj"} | mlp, {"o_proj"} | mlp, mlp, {"down_proj"}]
+
+
+@pytest.mark.parametrize(("inputs", "times"), [(engine.LARGE_GROUP, 0), (128, 2)])
+def test_free_pages_are_given_back_before_large_groups(inputs, times, tmp_path, monkeypatch):
+    """Of the tiny model's groups one in each of its two blocks, down_proj's, has 128 inputs, and none has more."""
+    given = []
+    monkeypatch.setattr(engine, "LARGE_GROUP", inputs)
+    monkeypatch.setattr(engine.heap, "give_back", lambda: given.append(True))
+    quantize(save_model("llama", tmp_path / "model"), tmp_path / "out", W4)
+    assert len(given) == times
 
 
 def test_a_block_asked_for_again_is_answered_from_disk(tmp_path):
@@ -397,6 +442,30 @@ def test_other_code_is_other_work(tmp_path, monkeypatch):
     quantize(model, tmp_path / "out", W4)
     monkeypatch.setattr("gptq_core.engine.code_sha256", lambda: "changed")
     with pytest.raises(InputError, match=r"code_sha256 [0-9a-f]{8} there, changed now"):
+        Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
+
+
+def test_the_loops_in_c_are_code_too(monkeypatch):
+    digested = []
+
+    def digest(path):
+        digested.append(path.relative_to(Path(engine.__file__).parent).as_posix())
+        return ""
+
+    monkeypatch.setattr(engine, "file_sha256", digest)
+    engine.code_sha256.cache_clear()
+    engine.code_sha256()
+    engine.code_sha256.cache_clear()
+    assert {"engine.py", "kernels/loops.c", "kernels/products.c", "checkpoint/packing.py"} <= set(digested)
+
+
+def test_other_kernels_are_other_work(tmp_path, monkeypatch):
+    """They sum up in another order."""
+    model = save_model("llama", tmp_path / "model")
+    monkeypatch.setattr(engine.dispatch, "implementation", lambda device, dtype: "c")
+    quantize(model, tmp_path / "out", W4)
+    monkeypatch.setattr(engine.dispatch, "implementation", lambda device, dtype: "torch")
+    with pytest.raises(InputError, match="kernels c there, torch now"):
         Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
 
 

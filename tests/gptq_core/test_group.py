@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from gptq_core import QuantizeConfig
+from gptq_core import QuantizeConfig, solver
+from gptq_core.factor import factorize
 from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian
 from gptq_core.stages import Stages
@@ -40,3 +42,32 @@ def test_each_member_is_solved_with_its_own_config(changes):
         }
     other = solved([Member("b", members[1].weight, OWN)])["b"][0]
     assert any(not torch.equal(getattr(together["b"][0], key), getattr(other, key)) for key in ("codes", "scales")), "the rule shows"
+
+
+def test_squares_leave_as_soon_as_they_are_not_needed(monkeypatch):
+    """With products in bfloat16 the factor goes before rows are solved, and their operands before anybody is told of a solution."""
+    squares, alive, prepare, solve_prepared = {}, {}, solver.prepare, solver.solve_prepared
+
+    def held():
+        return {name for name, storage in squares.items() if not storage.expired()}
+
+    def factoring(*arguments):
+        factor = factorize(*arguments)
+        squares["factor"] = StorageWeakRef(factor.lower.untyped_storage())
+        return factor
+
+    def preparing(*arguments):
+        prepared = prepare(*arguments)
+        squares["operand"] = StorageWeakRef(prepared.lower.untyped_storage())
+        return prepared
+
+    def solving(*arguments):
+        alive["solving"] = held()
+        return solve_prepared(*arguments)
+
+    monkeypatch.setattr(solver, "prepare", preparing)
+    monkeypatch.setattr(solver, "solve_prepared", solving)
+    member = Member("a", torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).bfloat16(), OWN)
+    for _ in solve_group([member], hessian(), None, Stages(torch.device("cpu")), factoring):
+        alive["told"] = held()
+    assert alive == {"solving": {"operand"}, "told": set()}

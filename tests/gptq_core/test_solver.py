@@ -8,7 +8,7 @@ from oracles import problem, textbook_gptq
 
 from gptq_core.config import QuantizeConfig
 from gptq_core.factor import factorize
-from gptq_core.solver import round_to_nearest, solve
+from gptq_core.solver import TALL_COLUMNS, round_to_nearest, solve
 
 CLASSIC = {"recipe": "classic"}
 ORDERS = {
@@ -23,7 +23,19 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("bits", "sym", "group_size"), itertools.product((2, 3, 4, 8), (True, False), (-1, 32, 48, 128)))
 def test_codes_equal_the_textbook(bits, sym, group_size, order):
-    weight, hessian = problem(192 if group_size == 48 else 256)
+    equals_the_textbook(192 if group_size == 48 else 256, bits, sym, group_size, order)
+
+
+@pytest.mark.parametrize("order", ["group_aware", "desc_act", "static_ordered"])
+@pytest.mark.parametrize(("columns", "group_size"), [(640, 128), (672, 48)])
+def test_codes_equal_the_textbook_beyond_a_tall_product(columns, group_size, order):
+    """Several spans of TALL_COLUMNS, the last one cut short: each takes in the errors of all before it."""
+    assert columns > 2 * TALL_COLUMNS and columns % TALL_COLUMNS
+    equals_the_textbook(columns, 3, False, group_size, order)
+
+
+def equals_the_textbook(columns, bits, sym, group_size, order):
+    weight, hessian = problem(columns)
     config = QuantizeConfig(bits=bits, sym=sym, group_size=group_size, damp_percent=0.05, **ORDERS[order])
     factor = factorize(hessian.double(), config, "layer", 600)
     solved = solve(weight.double(), factor, config)

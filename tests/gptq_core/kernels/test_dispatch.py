@@ -1,26 +1,29 @@
-"""Which tensors the kernels are given, and how those in C come to be."""
+"""Which tensors the kernels are given, and what is told where there are none."""
 
 import re
-import shutil
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
-from gptq_core.kernels import compiled, descent, dispatch
+from gptq_core import kernels
+from gptq_core.kernels import descent, dispatch
 
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """As if Triton ran on every device."""
+    """As if Triton ran on every device, be it installed or not: a module that stands for its kernels."""
+    fused = types.ModuleType("gptq_core.kernels.fused")
     monkeypatch.setattr(dispatch, "runs_on", lambda device: True)
+    monkeypatch.setitem(sys.modules, fused.__name__, fused)
+    monkeypatch.setattr(kernels, "fused", fused, raising=False)
+    return fused
 
 
 def test_float32_is_taken(everywhere):
     rows = torch.zeros(8, 12)
-    assert dispatch.kernels(rows, torch.zeros(8, dtype=torch.uint8), torch.arange(8))
+    assert dispatch.kernels(rows, torch.zeros(8, dtype=torch.uint8), torch.arange(8)) is everywhere
     assert not dispatch.kernels(rows, rows.double())
     assert not dispatch.kernels(rows, rows.bfloat16())
 
@@ -58,17 +61,6 @@ def test_a_gpu_without_triton_is_told_of_once(missing, told, monkeypatch, caplog
     dispatch.runs_on.cache_clear()
 
 
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """Nothing built so far."""
-    for function in (dispatch.compiles, compiled.library):
-        function.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    yield tmp_path
-    for function in (dispatch.compiles, compiled.library):
-        function.cache_clear()
-
-
 @pytest.mark.parametrize(("missing", "told"), [
     ("compiler", "no cc, gcc or clang on the PATH"), ("flag", "false ended with 1"), ("cache", "[Nn]ot a directory|[Ff]ile exists"),
 ])  # fmt: skip
@@ -88,49 +80,9 @@ def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch
                                                torch.eye(1)), torch.ones(1, 4))  # fmt: skip
 
 
-def test_the_loops_are_built_once(fresh, monkeypatch):
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler")
-    assert dispatch.implementation(torch.device("cpu"), torch.float32) == "c"
-    [built] = (fresh / "gptq_core").iterdir()
-    assert (fresh / "gptq_core").stat().st_mode & 0o777 == 0o700
-    compiled.library.cache_clear()
-    monkeypatch.setattr(compiled, "_build", None)
-    compiled.library()
-    assert [built] == list((fresh / "gptq_core").iterdir())
-
-
 def test_products_of_bfloat16_are_named_where_forwards_are_in_it(monkeypatch):
     monkeypatch.setattr(dispatch, "compiles", lambda: True)
     for known in (True, False):
         monkeypatch.setattr(dispatch, "compiles_products", lambda known=known: known)
         named = [dispatch.implementation(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
         assert named == ["c", "c with bfloat16 products" if known else "c"]
-
-
-def test_a_library_that_cannot_be_loaded_is_built_anew(fresh, monkeypatch):
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler")
-    compiled.library()
-    [built] = (fresh / "gptq_core").iterdir()
-    damaged = fresh / "another" / "gptq_core" / built.name
-    damaged.parent.mkdir(mode=0o700, parents=True)
-    damaged.write_bytes(b"")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "another"))
-    compiled.library.cache_clear()
-    assert compiled.library().settle.argtypes and damaged.stat().st_size
-
-
-def test_a_folder_that_others_may_write_to_is_not_run_from(fresh, caplog):
-    (fresh / "gptq_core").mkdir()
-    (fresh / "gptq_core").chmod(0o777)
-    assert not dispatch.compiles() and "others may write to it" in caplog.text
-
-
-def test_a_user_without_a_home_folder(fresh, monkeypatch, caplog):
-    def unknown():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", unknown)
-    assert not dispatch.compiles() and "no home folder" in caplog.text

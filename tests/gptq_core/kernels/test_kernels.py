@@ -1,4 +1,5 @@
-"""The kernels against their twins: C on the CPU; Triton on the GPU where there is one, else in its interpreter (see conftest.py)."""
+"""The kernels, fused.py's and compiled.py's loops, against their twins: those in C on the CPU, those of Triton on the GPU where there is
+one, else in its interpreter (see tests/conftest.py)."""
 
 import contextlib
 import importlib

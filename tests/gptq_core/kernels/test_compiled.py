@@ -1,13 +1,63 @@
-"""Products of bfloat16 inputs in C against float64, and where C does not take them."""
+"""How the library in C comes to be; products of bfloat16 inputs against float64, and where C does not take them.
+
+What its loops compute is held against their twins in test_kernels.py.
+"""
+
+import ctypes
+from pathlib import Path
 
 import pytest
 import torch
 
-from gptq_core import processor
 from gptq_core.hessian import Hessian
 from gptq_core.kernels import compiled, dispatch
 
 in_c = pytest.mark.skipif(not dispatch.compiles_products(), reason="no avx512_bf16 here, or no C compiler that knows it")
+
+
+# -- the library ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loops_are_built_once(fresh, monkeypatch):
+    if not dispatch.compiles():
+        pytest.skip("no C compiler")
+    assert dispatch.implementation(torch.device("cpu"), torch.float32) == "c"
+    [built] = (fresh / "gptq_core").iterdir()
+    assert (fresh / "gptq_core").stat().st_mode & 0o777 == 0o700
+    compiled.library.cache_clear()
+    monkeypatch.setattr(compiled, "_build", None)
+    compiled.library()
+    assert [built] == list((fresh / "gptq_core").iterdir())
+
+
+def test_a_library_that_cannot_be_loaded_is_built_anew(fresh, monkeypatch):
+    if not dispatch.compiles():
+        pytest.skip("no C compiler")
+    [built] = (fresh / "gptq_core").iterdir()
+    damaged = fresh / "another" / "gptq_core" / built.name
+    damaged.parent.mkdir(mode=0o700, parents=True)
+    damaged.write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "another"))
+    compiled.library.cache_clear()
+    assert compiled.library().settle.argtypes and damaged.stat().st_size
+
+
+def test_a_folder_that_others_may_write_to_is_not_run_from(fresh, caplog):
+    (fresh / "gptq_core").mkdir()
+    (fresh / "gptq_core").chmod(0o777)
+    assert not dispatch.compiles() and "others may write to it" in caplog.text
+
+
+def test_a_user_without_a_home_folder(fresh, monkeypatch, caplog):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    assert not dispatch.compiles() and "no home folder" in caplog.text
+
+
+# -- products ------------------------------------------------------------------------------------------------------------
 
 
 def operand(tokens, columns, gap=0):
@@ -50,7 +100,28 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     one = summed(1)
     monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
     assert torch.equal(summed(2), one) and torch.equal(summed(5), one)
+    monkeypatch.setattr(compiled, "_team", lambda: None)  # a torch without OpenMP
+    assert torch.equal(summed(5), one)
     torch.testing.assert_close(one[:530].double(), 2 * y.double().T @ x.double(), rtol=1e-5, atol=1e-3)
+
+
+@in_c
+def test_torchs_threads_share_what_is_large(monkeypatch):
+    assert compiled._team() or not torch.backends.openmp.is_available()
+    lent = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def team(work, shared, threads, flags):
+        lent.append(threads)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)(shared)
+
+    monkeypatch.setattr(compiled, "_team", lambda: ctypes.cast(team, ctypes.c_void_p))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = operand(512, 192)
+    compiled.add_products([(torch.zeros(192, 192), x, x)])
+    assert lent == [3]
+    compiled.add_products([(torch.zeros(64, 64), x[:, :64], x[:, :64])])
+    assert lent == [3], "starting threads would take longer"
 
 
 @in_c
@@ -60,17 +131,6 @@ def test_operands_that_do_not_fit_are_refused():
                   (total.double(), x, x), (torch.zeros(9, 9), x.T, x.T)]:  # fmt: skip
         with pytest.raises(AssertionError):
             compiled.add_products([wrong])
-
-
-@pytest.fixture
-def afresh():
-    """What was found out about the machine is forgotten before and after."""
-    known = (processor._capabilities, dispatch.compiles, dispatch.compiles_products, compiled.library)
-    for each in known:
-        each.cache_clear()
-    yield
-    for each in known:
-        each.cache_clear()
 
 
 def in_float32():
@@ -84,26 +144,24 @@ def in_float32():
 
 
 @pytest.mark.parametrize("found", ["amx_bf16", "bf16", "avx512_vnni"])
-def test_a_processor_without_the_instructions(found, monkeypatch, afresh):
+def test_a_processor_without_the_instructions(found, monkeypatch, fresh):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {found: True})
     assert in_float32()
 
 
-def test_a_machine_without_a_compiler(monkeypatch, tmp_path, afresh):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", str(tmp_path / "missing"))
+def test_a_machine_without_a_compiler(monkeypatch, fresh):
+    monkeypatch.setenv("CC", str(fresh / "missing"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert in_float32()
 
 
-def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(monkeypatch, tmp_path, afresh, caplog):
+def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(monkeypatch, fresh, caplog):
     if not dispatch.compiles():
         pytest.skip("no C compiler")
     compiled.library.cache_clear()
-    empty = tmp_path / "products.c"
+    empty = fresh / "products.c"
     empty.write_text("typedef int nothing;\n")
     monkeypatch.setattr(compiled, "SOURCES", (compiled.SOURCES[0], empty))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert in_float32() and compiled.library().settle.argtypes
-    assert len(caplog.messages) == 1 and "gcc 10 or clang 9" in caplog.text and str(tmp_path) in caplog.text
+    assert len(caplog.messages) == 1 and "gcc 10 or clang 9" in caplog.text and str(fresh) in caplog.text
