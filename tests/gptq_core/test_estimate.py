@@ -154,7 +154,7 @@ def test_the_peak_is_that_of_a_run(changes, recipe, windows, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_of_a_solve(stored, tmp_path):
     """Of inputs whose Hessian is large beside all else: held against what the run adds to a process that has made another one."""
     changes = {"hidden_size": 128, "intermediate_size": 3072, "num_hidden_layers": 1, "dtype": stored}
