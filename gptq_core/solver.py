@@ -38,7 +38,7 @@ from gptq_core.stages import Stages
 COLUMN_BLOCK = 128
 TALL_COLUMNS = 256
 """Columns whose conditional optimum, given all columns before them, comes from one tall product: a wide one is a faster one."""
-ROWS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+ROWS_AT_ONCE = {"cpu": 1024, "cuda": 32768}
 """Outputs that are solved together: on the CPU their targets and errors stay in the cache, and memory does not grow with the layer."""
 FEWEST_ROWS = 1024
 """Outputs that are worth a thread on the CPU: with fewer, the tall products of each are too small, and too many operations are started."""
