@@ -311,8 +311,9 @@ class Quantization:
         inputs = list(self._hidden) if tuned else []
         with self.timed("forward"):
             walk.walk(
-                block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential, original, self.timed, not tuned
-            )
+                block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential,
+                original=original, timed=self.timed, once=not tuned,
+            )  # fmt: skip
         tuning = None
         if tuned:
             with self.timed("tuning"):

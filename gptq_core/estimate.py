@@ -3,12 +3,12 @@
 Memory is the highest of these stages. With T calibration tokens, h the hidden size, e bytes of the dtype that blocks are forwarded in:
 
 - capture: what stands before the blocks, one block, hidden states T·h·e, one batch on its way.
-- walk: hidden states T·h·e, once more where targets are shifted (the original's stream) or a block is tuned (its inputs); the block
-  dense and whole, though its weights leave when all have passed them, once more as stored where that is another dtype, and its twin where
-  targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with
-  targets shifted; and with the group of n inputs and o stacked rows what solving it takes: n² float32 for H and for its factor, both once
-  more in the dtype of the tall products, n·o for the weights and their codes, and for the rows that are solved at once float32 targets,
-  errors and slopes. See `_Costs._solving`.
+- walk: hidden states T·h·e, once more where targets are shifted (the original's stream) or a block is tuned (its inputs); the block dense
+  and whole, though its weights leave when all have passed them, once more as stored where that is another dtype, and its twin where
+  targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with targets shifted; and with the
+  group of n inputs and o stacked rows what solving it takes: n² float32 for H and for its factor, both once more in the dtype of the tall
+  products, n·o for the weights and their codes, and for the rows that are solved at once float32 targets, errors and slopes. See
+  `_Costs._solving`.
 - tuning: latents, their gradients and Adam's two moments, float32 each, and every tensor of a few windows' forward for the backward.
 - head, where it is quantized: as solving, for the rows of the whole vocabulary.
 - evaluation: both models whole and dense, the logits of a few windows, or positions of one, five times over (two log-probabilities and

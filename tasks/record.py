@@ -70,8 +70,7 @@ def new(config: RunConfig, key: str) -> dict[str, Any]:
         "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}", "key": key, "config": config.model_dump(mode="json"), "out": str(config.out),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "finished_ms": None, "seconds": None, "stage_seconds": {},
         "peak_memory_bytes": None, "machine": machine(), "source": source(), "system": None, "model_digest": None, "device": None,
-        "kernels": None,
-        "calibration_data": None, "evaluation_data": None, "allocation": None, "assembly": None, "evaluation": None,
+        "kernels": None, "calibration_data": None, "evaluation_data": None, "allocation": None, "assembly": None, "evaluation": None,
         "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "prefect_flow_run_url": None, "sweep": None, "mlflow": None,
         "gate": None, "registry": None, "notified": None,
     }

@@ -108,9 +108,10 @@ def compiles_products() -> bool:
 
     if not has_avx512_bf16() or not compiles():
         return False
-    if not compiled.has_products():
+    known = compiled.has_products()
+    if not known:
         log.warning(
             "the C compiler that made %s does not know this processor's instructions for bfloat16; bfloat16 inputs are summed up in "
             "float32, which is slower: install gcc 10 or clang 9, or newer ones, and remove that file", compiled.library()._name,
         )  # fmt: skip
-    return compiled.has_products()
+    return known

@@ -175,7 +175,7 @@ def test_errors_beyond_float32_leave_no_scale(kernels):
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
-def test_defaults_of_the_process_change_nothing(default, kernels, monkeypatch):
+def test_defaults_of_the_process_change_nothing(default, kernels):
     """transformers sets the default dtype while it builds a model, in whatever thread."""
     g = torch.Generator().manual_seed(0)
     arguments = torch.randn(2, 32, OUT, generator=g), torch.rand(2, 32, generator=g), 15, 0
