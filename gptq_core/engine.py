@@ -93,6 +93,8 @@ class Quantization:
         self._position = -1  # the block that self._hidden enters; -1: none, capture comes first
         self._prefetcher = ThreadPoolExecutor(max_workers=1)
         self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
+        if device.type == "cpu":
+            heap.keep()
         # on a GPU a block is written while the next one is quantized; a CPU would only share its time between the two
         self._writes_beside = device.type == "cuda"
 
@@ -158,6 +160,8 @@ class Quantization:
         """Release the lock and the memory. Finished blocks stay on disk."""
         self._prefetcher.shutdown(cancel_futures=True)
         self._hidden, self._original, self._prefetched = [], [], {}
+        if self.device.type == "cpu":
+            heap.let_go()
         if hasattr(self, "output"):
             self.output.close()
 

@@ -26,11 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gptq_core import architecture, walk
 from gptq_core.architecture import Decoder
+from gptq_core.heap import KEPT, ON_HEAP
 
-ON_HEAP = 32 << 20
-"""Bytes from which glibc always maps an allocation of its own: its DEFAULT_MMAP_THRESHOLD_MAX. Below, it learns to use the heap."""
-KEPT_TOP = 64 << 20
-"""Free bytes at the heap's end that glibc keeps: twice the above."""
 ALIGNMENT = 128
 """Bytes beyond its size that an aligned allocation looks for, so that the hole of an equal tensor does not do for it."""
 SIMULATED = 64
@@ -264,7 +261,7 @@ class _Heap:
             self._remember(start, size)
             return
         self.top = start
-        if self.high - self.top > KEPT_TOP:
+        if self.high - self.top > KEPT:
             self.high = self.top
 
     def _remember(self, start: int, size: int) -> None:

@@ -1,16 +1,42 @@
-"""The C library's heap: free pages that it keeps go back to the system.
+"""The C library's heap. Tensors of a few MB lie there, and a forward takes and frees hundreds of them.
 
-Tensors of a few MB lie there, and what a forward leaves between two that stay is kept for later; large ones of the solver, mapped on
-their own, then come on top of it.
+glibc gives what is free at the heap's end back to the system as soon as it is more than twice the largest tensor so far, and the next
+tensor faults the same pages in again, one by one: of a small model's run that is a third where faults are dear, as in virtual machines.
+So while a model is quantized free pages are kept. Large tensors of the solver, which are mapped on their own, come on top of them.
+
+Nothing here does anything where the C library is not glibc.
 """
 
 from __future__ import annotations
 
 import ctypes
 
+ON_HEAP = 32 << 20
+"""Bytes from which glibc always maps an allocation of its own: its DEFAULT_MMAP_THRESHOLD_MAX. Below, it learns to use the heap."""
+KEPT = 1 << 30
+"""Free bytes at the heap's end that stay: more than the tensors of a forward that lie there."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep() -> None:
+    """Keep free pages from now on, in the whole process."""
+    _set(_MMAP_THRESHOLD, ON_HEAP)
+    _set(_TRIM_THRESHOLD, KEPT)
+
+
+def let_go() -> None:
+    """Give all free pages back, and from now on again what glibc itself comes to once it has seen tensors of ON_HEAP."""
+    _set(_TRIM_THRESHOLD, 2 * ON_HEAP)
+    give_back()
+
 
 def give_back() -> None:
-    """Give back all free pages of the heap, holes inside it too. Does nothing where the C library is not glibc."""
+    """Give back all free pages, holes inside the heap too."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _set(parameter: int, value: int) -> None:
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # others have a mallopt too, with numbers of their own
+        library.mallopt(parameter, value)

@@ -25,7 +25,7 @@ PANEL_WIDTHS = {"cpu": (compiled.PANEL, compiled.PANEL), "cuda": (512, 2048)}
 
 
 class Hessian:
-    """Running sum of x xᵀ over the tokens seen by one input group."""
+    """Running sum of x xᵀ over the tokens seen by one input group; what lies above the diagonal is filled in with the mean."""
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -39,7 +39,7 @@ class Hessian:
         x = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += x.shape[0]
         x = _operand(x, products_dtype(x.dtype, x.device))  # once, not in every panel
-        _accumulate([(self._sum[start:, start:stop], x[:, start:], x[:, start:stop]) for start, stop in self._panels])
+        _accumulate([(self._sum[start:, start:stop], x[:, start:], x[:, start:stop]) for start, stop in self._panels], lower=True)
 
     def mean(self) -> Float[Tensor, "in_features in_features"]:
         """The symmetric mean (in, in), float32. It takes the place of the sum, to which nothing can be added any more."""
@@ -47,6 +47,8 @@ class Hessian:
             self._mean = self._sum.div_(max(self.tokens, 1))
             for start, stop in self._panels:
                 self._mean[start:stop, stop:] = self._mean[stop:, start:stop].T
+                own = self._mean[start:stop, start:stop]
+                own.copy_(own.tril() + own.tril(-1).T)
         return self._mean
 
 
@@ -115,10 +117,10 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.contiguous() if x.is_cpu and dtype == torch.bfloat16 and x.stride(1) != 1 else x
 
 
-def _accumulate(products: list[compiled.Product]) -> None:
-    """total += leftᵀ right of each product, whose operands are in products_dtype."""
+def _accumulate(products: list[compiled.Product], lower: bool = False) -> None:
+    """total += leftᵀ right of each product, whose operands are in products_dtype; with `lower`, above a total's diagonal maybe not."""
     if products[0][2].is_cpu and products[0][2].dtype == torch.bfloat16:
-        compiled.add_products(products)
+        compiled.add_products(products, lower)
         return
     for total, left, right in products:
         if right.dtype == torch.float32:

@@ -60,6 +60,8 @@ WORTH_THREADS = 1e7
 
 Product = tuple[Tensor, Tensor, Tensor]
 """total (rows, columns) in float32, left (tokens, rows) and right (tokens, columns) in bfloat16; in all of them a row lies together."""
+_ALL = -(1 << 40)
+"""`above` of products.c where every entry is wanted."""
 
 
 @functools.cache
@@ -209,7 +211,7 @@ class _Product(ctypes.Structure):
     """As in products.c."""
 
     _fields_ = [(name, _pointer) for name in ("left", "right", "total")] + [
-        (name, _long) for name in ("left_stride", "right_stride", "total_stride", "tokens", "rows", "columns")
+        (name, _long) for name in ("left_stride", "right_stride", "total_stride", "tokens", "rows", "columns", "above")
     ]
 
 
@@ -220,9 +222,9 @@ def _team() -> ctypes.c_void_p | None:
     return found and ctypes.cast(found, ctypes.c_void_p)
 
 
-def add_products(products: Sequence[Product]) -> None:
-    """total += leftᵀ right of each product. torch's threads share the work; one of them adds up an entry of a total, in an order that
-    does not depend on their number."""
+def add_products(products: Sequence[Product], lower: bool = False) -> None:
+    """total += leftᵀ right of each product; with `lower`, of what lies above a total's diagonal only some. torch's threads share the work;
+    one of them adds up an entry of a total, in an order that does not depend on their number."""
     for total, left, right in products:
         assert total.shape == (left.shape[1], right.shape[1]) and len(left) == len(right), (total.shape, left.shape, right.shape)
         assert total.dtype == torch.float32 and left.dtype == right.dtype == torch.bfloat16, (total.dtype, left.dtype, right.dtype)
@@ -230,17 +232,17 @@ def add_products(products: Sequence[Product]) -> None:
     entries = sum(total.numel() for total, _, _ in products)
     threads = torch.get_num_threads() if entries * len(products[0][1]) >= WORTH_THREADS else 1
     height = SIDE * max(1, entries // (PIECES * threads * PANEL * SIDE)) if threads > 1 else max(len(total) for total, _, _ in products)
-    pieces = [piece for product in products for piece in _pieces(*product, height)]
+    pieces = [piece for product in products for piece in _pieces(*product, height, lower)]
     packed = products[0][0].new_empty(threads, STRETCH * (PANEL + 2 * SIDE), dtype=torch.int32)
     library().add_products((_Product * len(pieces))(*pieces), len(pieces), packed.data_ptr(), packed.shape[1], threads, _team())
 
 
-def _pieces(total: Tensor, left: Tensor, right: Tensor, height: int) -> Iterator[_Product]:
+def _pieces(total: Tensor, left: Tensor, right: Tensor, height: int, lower: bool) -> Iterator[_Product]:
     """A product in products of at most so many rows and of PANEL columns."""
     rows, columns = total.shape
     for i, j in itertools.product(range(0, rows, height), range(0, columns, PANEL)):
         yield _Product(
             left.data_ptr() + i * left.element_size(), right.data_ptr() + j * right.element_size(),
             total.data_ptr() + (i * total.stride(0) + j) * total.element_size(), left.stride(0), right.stride(0), total.stride(0),
-            len(left), min(height, rows - i), min(PANEL, columns - j),
+            len(left), min(height, rows - i), min(PANEL, columns - j), j - i if lower else _ALL,
         )  # fmt: skip

@@ -4,7 +4,7 @@
    Panels of the operands are laid out anew, two tokens side by side as the instruction takes them, STRETCH pairs of tokens at a time, so
    that what is read again and again stays in the near caches. ROWS by SIDE sums stay in registers over RUN pairs, are added up over the
    stretch and then to the total: one long sum rounds off more. Their order depends on the tokens alone, not on the panel that an entry is
-   in: however the work is shared, bits are the same.
+   in: however the work is shared, bits are the same. Of a product of a matrix with itself each panel is laid out once.
 
    The threads are torch's own, lent by its OpenMP library: threads of ours would wait for a core on which one of those, having had
    work a moment ago, spins until there is more.
@@ -72,17 +72,17 @@ WITH_BFLOAT16 static void multiply(
             total[i * stride + j] += sums[i][j];
 }
 
-/* total (rows, columns) += left (tokens, rows)' right (tokens, columns). */
+/* total (rows, columns) += left (tokens, rows)' right (tokens, columns). Of column j what lies before row `above` + j is not wanted. */
 struct product {
     const uint16_t *left, *right;
     float *total;
-    long left_stride, right_stride, total_stride, tokens, rows, columns;
+    long left_stride, right_stride, total_stride, tokens, rows, columns, above;
 };
 
 WITH_BFLOAT16 static void add_product(const struct product *of, uint32_t *packed)
 {
     const long panel = (long)STRETCH * SIDE, panels = (of->columns + SIDE - 1) / SIDE;
-    uint32_t *down = packed + panels * panel;
+    uint32_t *const room = packed + panels * panel;
     for (long start = 0; start < of->tokens; start += 2 * STRETCH) {
         const long some = least(2 * STRETCH, of->tokens - start), pairs = (some + 1) / 2;
         for (long p = 0; p < panels; p++)
@@ -90,10 +90,16 @@ WITH_BFLOAT16 static void add_product(const struct product *of, uint32_t *packed
                  packed + p * panel);
         for (long i = 0; i < of->rows; i += SIDE) {
             const long high = least(SIDE, of->rows - i);
-            pack(of->left + start * of->left_stride + i, of->left_stride, some, high, down);
+            const uint32_t *down = room;
+            const long same = of->left + i - of->right; /* the column on the right that this is, if it is one */
+            if (of->left_stride == of->right_stride && same >= 0 && same % SIDE == 0 && same + high <= of->columns)
+                down = packed + same / SIDE * panel;
+            else
+                pack(of->left + start * of->left_stride + i, of->left_stride, some, high, room);
             for (long p = 0; p < panels; p++)
                 for (long r = 0; r < high; r += ROWS)
-                    multiply(down + r, packed + p * panel, pairs, of->total + (i + r) * of->total_stride + p * SIDE, of->total_stride,
+                    if (i + r + ROWS > of->above + p * SIDE)
+                        multiply(down + r, packed + p * panel, pairs, of->total + (i + r) * of->total_stride + p * SIDE, of->total_stride,
                              least(ROWS, high - r), least(SIDE, of->columns - p * SIDE));
         }
     }

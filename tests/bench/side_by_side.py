@@ -7,7 +7,8 @@ MODEL is any local folder; TEXT is a file (.txt, .jsonl, .parquet), or FILE.safe
 neither: it makes a Llama of hidden size 2048 with random weights, for time and memory alone. A peer is named (gptqmodel, optimum,
 optimum-block, llmcompressor, autoround) with the Python that has it; nothing is installed here. All get the same tokens, bits, group
 size and threads; peers run in --dtype and ours in --own-dtype (auto: as each one chooses), each in a process of its own, in rounds,
-so that what slows the machine down hits all of them.
+so that what slows the machine down hits all of them. --ours names a Python that has what a user installs: that of the tests also has
+Triton, which transformers loads on a CPU too, 70 MB.
 The first round is discarded: GPTQModel compiles kernels in it. Into --out go a dated .json with every run and a .md with medians.
 """
 
@@ -91,7 +92,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, model: Path, calibration: Windows, heldout: Windows | None, folder: Path) -> None:
         self.args, self.model, self.heldout, self.folder = args, model, heldout, folder
         save_file({"tokens": calibration.tokens.contiguous()}, folder / "tokens.safetensors")
-        self.commands = {f"ours: {recipe}": self._command(sys.executable, OURS, ["--recipe", recipe]) for recipe in args.recipes}
+        self.commands = {f"ours: {recipe}": self._command(args.ours, OURS, ["--recipe", recipe]) for recipe in args.recipes}
         self.commands |= {name: self._command(python, *PEERS[name]) for name, python in args.peer}
         ours = f"ours: {'tuned' if 'tuned' in args.recipes else args.recipes[0]}"
         self.results: dict[str, Any] = {
@@ -153,6 +154,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration")
     parser.add_argument("--heldout", help="without it, time and memory alone")
     parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--ours", default=sys.executable, metavar="PYTHON", help="with what our engine needs; its sources are these")
     parser.add_argument("--recipes", default="classic,tuned", type=lambda text: text.split(","))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
