@@ -1,5 +1,5 @@
-"""The innermost loops in C, for float32 on the CPU: loops.c (rounding, its books, descent, the search for scales), built once a machine by
-its C compiler; and with it products.c, sums of products of bfloat16 inputs. See dispatch.py.
+"""The innermost loops in C, for float32 on the CPU: loops.c (rounding, its books, descent, the search for scales, packing), built once a
+machine by its C compiler; and with it products.c, sums of products of bfloat16 inputs. See dispatch.py.
 
 A twin starts hundreds of operations a block, each of which reads and writes what the one before it wrote; here a tile of outputs stays
 in registers and the nearest cache from its first column to its last, and Python's lock is free meanwhile, so that threads run side by
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
 from gptq_core.kernels import scales as twin
@@ -46,6 +46,7 @@ SIGNATURES = {
     "search": (
         _pointer, _long, _pointer, _long, _long, ctypes.c_int, _float, _float, _pointer, _pointer, _long, _pointer, _long, *[_pointer] * 2,
     ),
+    "pack": (_pointer, _long, _long, ctypes.c_int, _pointer),
     "add_products": (_pointer, _long, _pointer, _long, ctypes.c_uint, _pointer),
 }  # fmt: skip
 
@@ -205,6 +206,15 @@ def search(
             zeros[g].data_ptr(),
         )  # fmt: skip
     return scales, zeros
+
+
+def pack(codes: UInt8[Tensor, "n m"], bits: int) -> Int32[Tensor, "words m"]:
+    """checkpoint.packing.pack."""
+    codes = codes.contiguous()
+    units, out = codes.shape[0] // 32, codes.shape[1]
+    words = torch.empty(units * bits, out, dtype=torch.int32)
+    library().pack(codes.data_ptr(), units, out, bits, words.data_ptr())
+    return words
 
 
 class _Product(ctypes.Structure):

@@ -230,3 +230,22 @@ void search(
                         offsets, fine, scales + r, zeros + r);
     }
 }
+
+/* checkpoint.packing.pack: codes (units * 32, out), of `bits` bits, to words (units * bits, out). */
+void pack(const uint8_t *codes, long units, long out, int bits, uint32_t *words)
+{
+    for (long u = 0; u < units; u++, codes += 32 * out, words += bits * out)
+        for (long first = 0; first < out; first += WIDTH) {
+            const long width = out - first < WIDTH ? out - first : WIDTH;
+            uint32_t stream[8][WIDTH] = {{0}};
+            for (int i = 0; i < 32; i++) {
+                const int word = i * bits / 32, shift = i * bits % 32, held = 32 - shift;
+                const uint8_t *code = codes + i * out + first;
+                EACH_OUTPUT stream[word][r] |= (uint32_t)code[r] << shift;
+                if (held < bits)
+                    EACH_OUTPUT stream[word + 1][r] |= (uint32_t)code[r] >> held;
+            }
+            for (int word = 0; word < bits; word++)
+                EACH_OUTPUT words[word * out + first + r] = stream[word][r];
+        }
+}

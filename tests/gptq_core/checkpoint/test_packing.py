@@ -1,5 +1,7 @@
 """The golden words of the format, and round trips against a bit-by-bit oracle."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from oracles import slow_pack
 
 from gptq_core.checkpoint.packing import pack, pack_zeros, unpack, unpack_zeros
+from gptq_core.kernels import dispatch
 
 GOLDEN_COUNTING = {
     2: "E4E4E4E4 E4E4E4E4",
@@ -39,11 +42,18 @@ def test_golden_symmetric_zeros(format, bits):
     assert torch.equal(unpack_zeros(words.unsqueeze(0), bits, format), zeros)
 
 
+@pytest.mark.parametrize("in_c", [True, False])
 @settings(deadline=None, max_examples=60)
-@given(bits=st.sampled_from([2, 3, 4, 8]), units=st.integers(1, 4), columns=st.integers(1, 5), seed=st.integers(0, 2**31))
-def test_round_trip_and_oracle(bits, units, columns, seed):
+@given(bits=st.sampled_from([2, 3, 4, 8]), units=st.integers(1, 4), columns=st.sampled_from([1, 2, 5, 63, 64, 130]),
+       apart=st.booleans(), seed=st.integers(0, 2**31))  # fmt: skip
+def test_round_trip_and_oracle(in_c, bits, units, columns, apart, seed):
+    if in_c and not dispatch.compiles():
+        pytest.skip("no C compiler")
     codes = torch.randint(0, 2**bits, (32 * units, columns), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    words = pack(codes, bits)
+    if apart:  # a row does not lie together
+        codes = codes.T.contiguous().T
+    with patch.object(dispatch, "compiles", lambda: in_c):
+        words = pack(codes, bits)
     assert words.dtype == torch.int32
     assert words.shape == (units * bits, columns)
     assert torch.equal(words, slow_pack(codes, bits))
