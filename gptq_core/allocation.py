@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptq_core import solver, walk
+from gptq_core import solver, surroundings
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.format import FUSED
 from gptq_core.config import QuantizeConfig
@@ -335,7 +335,7 @@ class Screening(OriginalStream):
         return {probe: max(0.0, value) / positions for probe, value in total.items()}
 
     def _log_probabilities(self, here: slice, hidden: Tensor) -> Tensor:
-        logits = walk.logits(self.decoder.model, self.decoder.blocks, self._batches[0][here], hidden[here], self._as_tuple)
+        logits = surroundings.logits(self.decoder.model, self.decoder.blocks, self._batches[0][here], hidden[here], self._as_tuple)
         return torch.log_softmax(logits[:, :-1].flatten(0, 1).float(), -1)
 
 

@@ -30,7 +30,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_core import architecture, assembly, backends, heap, selection, solver, walk
+from gptq_core import architecture, assembly, backends, heap, selection, solver, surroundings, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.reader import Checkpoint, file_sha256, resolve
@@ -89,7 +89,7 @@ class Quantization:
         self._batches: list[Tensor] = []
         self._hidden: list[Tensor] = []
         self._original: list[Tensor] = []  # the same batches in the original model, where targets are shifted
-        self._calls: list[dict[int, walk.Call]] = []
+        self._calls: list[dict[int, surroundings.Call]] = []
         self._position = -1  # the block that self._hidden enters; -1: none, capture comes first
         self._prefetcher = ThreadPoolExecutor(max_workers=1)
         self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
@@ -216,10 +216,10 @@ class Quantization:
         with self.timed("forward"):
             architecture.fill(blocks[0], f"{self.decoder.prefix}.0", self._read_block(0).__getitem__, self.device, self.dtype)
             few = self._batches[0][:1, :PROBE_TOKENS]
-            self._as_tuple = walk.returns_tuple(model.base_model, blocks[0], few)
+            self._as_tuple = surroundings.returns_tuple(model.base_model, blocks[0], few)
             architecture.empty(blocks[0])
-            [self._probe], self._probe_calls = walk.capture(model.base_model, blocks, [few], self._as_tuple)
-            self._hidden, self._calls = walk.capture(model.base_model, blocks, self._batches, self._as_tuple)
+            [self._probe], self._probe_calls = surroundings.capture(model.base_model, blocks, [few], self._as_tuple)
+            self._hidden, self._calls = surroundings.capture(model.base_model, blocks, self._batches, self._as_tuple)
         self._original = list(self._hidden) if self.config.target_shift else []
         self._position = 0
         for child in architecture.outside(model, blocks):
@@ -354,7 +354,7 @@ class Quantization:
         inner = architecture.linears_of(twin)
         return walk.Original(twin, {name: inner[name] for name in linears}, self._original, writers)
 
-    def _call(self, index: int) -> walk.Call:
+    def _call(self, index: int) -> surroundings.Call:
         """The block's call for the largest batch."""
         return self._calls[index][max(self._calls[index])]
 
@@ -406,7 +406,7 @@ class Quantization:
         head, outside = model.get_output_embeddings(), rest.keys() - {f"{name}.weight"}
         architecture.fill(model, "", self._read, self.device, self.dtype, skip=set(architecture.tensor_names(model)) - outside)
         hessian = Hessian(head.in_features, self.device)
-        walk.finish(model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
+        surroundings.finish(model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
         weight = self._read(f"{name}.weight").to(self.device, self.dtype)
         [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, None, self.timed)
         own = {n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gptq_core import architecture, walk
+from gptq_core import architecture, surroundings, walk
 from gptq_core.architecture import Decoder
 from gptq_core.heap import KEPT, ON_HEAP
 
@@ -126,7 +126,7 @@ def footprints(decoder: Decoder, seqlen: int) -> list[Footprint]:
                     tensors[name] = nn.Parameter(zero, requires_grad=False) if tensors is module._parameters else zero
     try:
         ids = torch.zeros(1, seqlen, dtype=torch.long)
-        hidden, calls = walk.capture(decoder.model.base_model, decoder.blocks, [ids], as_tuple=False)
+        hidden, calls = surroundings.capture(decoder.model.base_model, decoder.blocks, [ids], as_tuple=False)
         return [_look(decoder.blocks[index], hidden[0].to("meta"), _on_meta(calls[index][1])) for index in sorted(kinds.values())]
     finally:
         for module in architecture.outside(decoder.model, decoder.blocks):
@@ -137,11 +137,11 @@ def _sizes(block: nn.Module) -> list[tuple[str, int, int]]:
     return [(name, linear.in_features, linear.out_features) for name, linear in architecture.linears_of(block).items()]
 
 
-def _on_meta(call: walk.Call) -> walk.Call:
-    return walk.Call(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (call.args, call.kwargs)), call.size)
+def _on_meta(call: surroundings.Call) -> surroundings.Call:
+    return surroundings.Call(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (call.args, call.kwargs)), call.size)
 
 
-def _look(block: nn.Module, hidden: Tensor, call: walk.Call) -> Footprint:
+def _look(block: nn.Module, hidden: Tensor, call: surroundings.Call) -> Footprint:
     try:
         return _follow(block, hidden, call)
     except (RuntimeError, NotImplementedError):  # what torch raises where a value is asked of the meta device
@@ -156,7 +156,7 @@ def _assumed(block: nn.Module, hidden: Tensor) -> Footprint:
     return Footprint(groups, ((), *outputs), hidden.untyped_storage().nbytes(), made, assumed=True)
 
 
-def _follow(block: nn.Module, hidden: Tensor, call: walk.Call) -> Footprint:
+def _follow(block: nn.Module, hidden: Tensor, call: surroundings.Call) -> Footprint:
     computed = {(module, name): value for module in block.modules() for name, value in module._buffers.items() if value is not None}
     for module, name in computed:
         module._buffers[name] = computed[module, name].to("meta")

@@ -48,7 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_core import architecture, solver, walk
+from gptq_core import architecture, solver, surroundings, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.reader import resolve
 from gptq_core.config import QuantizeConfig
@@ -254,7 +254,7 @@ class OriginalStream(Quantization):
     def _head_hessian(self, head: nn.Linear) -> Hessian:
         """Of the original's final hidden states, as they reach the head."""
         hessian = Hessian(head.in_features, self.device)
-        walk.finish(self.decoder.model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
+        surroundings.finish(self.decoder.model, self.decoder.blocks, head, self._batches, self._hidden, self._as_tuple, hessian.add)
         return hessian
 
 
@@ -299,7 +299,7 @@ class _Cells(OriginalStream):
         batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // heldout.seqlen)
         self._heldout = [b.to(self.device) for b in heldout.tokens.split(batch)]
         self._fill_outside()
-        self._heldout_hidden, self._heldout_calls = walk.capture(model.base_model, blocks, self._heldout, self._as_tuple)
+        self._heldout_hidden, self._heldout_calls = surroundings.capture(model.base_model, blocks, self._heldout, self._as_tuple)
         for child in architecture.outside(model, blocks):
             architecture.empty(child)
         for cell in self._cells:
@@ -337,4 +337,4 @@ class _Cells(OriginalStream):
                         cell.comparison.add(original, self._answers(batch[here], cell.hidden[number][here]), targets)
 
     def _answers(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        return log_probabilities(walk.logits(self.decoder.model, self.decoder.blocks, batch, hidden, self._as_tuple))
+        return log_probabilities(surroundings.logits(self.decoder.model, self.decoder.blocks, batch, hidden, self._as_tuple))

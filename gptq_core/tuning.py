@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gptq_core.solver import Solution
-from gptq_core.walk import Call
+from gptq_core.surroundings import Call
 
 WINDOWS_A_STEP = 4
 HELD_OUT = 8

@@ -339,7 +339,7 @@ def test_a_batch_that_is_cast_for_its_hessian(llama, monkeypatch):
 def test_the_count_of_a_hessians_panels(monkeypatch, llama):
     """The share of the square that is computed, counted in the products that are made."""
     counted = []
-    monkeypatch.setattr("gptq_core.hessian._accumulate", lambda products: counted.extend(p[0].numel() for p in products))
+    monkeypatch.setattr("gptq_core.hessian._accumulate", lambda products, lower: counted.extend(p[0].numel() for p in products))
     for n in (128, 512, 1024, 2816):
         counted.clear()
         Hessian(n, "cpu").add(torch.zeros(1, n))

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tiny import CONFIGS, save_model
 
-from gptq_core import architecture, footprint, walk
+from gptq_core import architecture, footprint, surroundings
 from gptq_core.footprint import ON_HEAP, Footprint, footprints, resident
 from gptq_core.walk import InputGroup
 
@@ -24,7 +24,7 @@ def test_the_forward_on_shapes_keeps_what_the_real_one_keeps(name):
     [found] = {tuple(f.live): f for f in footprints(decoder_of(copy.deepcopy(config)), SEQLEN)}.values()
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     decoder = architecture.find_decoder(model)
-    hidden, calls = walk.capture(model.base_model, decoder.blocks, [torch.zeros(1, SEQLEN, dtype=torch.long)], as_tuple=False)
+    hidden, calls = surroundings.capture(model.base_model, decoder.blocks, [torch.zeros(1, SEQLEN, dtype=torch.long)], as_tuple=False)
     with torch.no_grad():
         real = footprint._follow(decoder.blocks[0], hidden[0], calls[0][1])
     assert [group.names for group in found.groups] == [group.names for group in real.groups]

@@ -11,7 +11,8 @@ from gptq_core import Quantization, QuantizeConfig, calibration_windows, engine,
 from gptq_core.architecture import empty_model, find_decoder, linears_of, load_config
 from gptq_core.errors import InputError
 from gptq_core.source import load_tokenizer
-from gptq_core.walk import Call, residual_writers
+from gptq_core.surroundings import Call
+from gptq_core.walk import residual_writers
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 RECIPES = ("classic", "tuned", "best", "max")

@@ -5,7 +5,7 @@ import torch
 from tiny import CONFIGS, quantize, save_model, windows
 from torch import nn
 
-from gptq_core import QuantizeConfig, engine, load_quantized, walk
+from gptq_core import QuantizeConfig, engine, load_quantized, surroundings, walk
 from gptq_core.architecture import empty_model, fill, find_decoder, linears_of
 from gptq_core.engine import Quantization
 from gptq_core.errors import UnsupportedModelError
@@ -34,13 +34,13 @@ def test_forwards_per_block(true_sequential, expected, tmp_path, monkeypatch):
     """One pass of every batch (two without true_sequential), and one probe of a single window."""
     model = save_model("llama", tmp_path / "model")
     calls: list[tuple[int, int]] = []
-    original = walk.Call.__call__
+    original = surroundings.Call.__call__
 
     def counted(self, block, hidden):
         calls.append((id(block), hidden.shape[0]))
         return original(self, block, hidden)
 
-    monkeypatch.setattr(walk.Call, "__call__", counted)
+    monkeypatch.setattr(surroundings.Call, "__call__", counted)
     monkeypatch.setattr("gptq_core.engine.TOKENS_PER_FORWARD", {"cpu": 64, "cuda": 64})  # three batches of two windows
     quantize(model, tmp_path / "out", QuantizeConfig(bits=4, group_size=32, true_sequential=true_sequential))
     full = [block for block, size in calls if size == 2]
@@ -85,7 +85,7 @@ def test_a_batch_counts_only_where_it_goes():
     hidden = [torch.full((1, 4, 8), sign) for sign in (1.0, -1.0, 2.0)]
     groups = [walk.InputGroup((name,), 8) for name in ("even", "odd", "last")]
     seen = {}
-    calls = {1: walk.Call((), {}, 1)}
+    calls = {1: surroundings.Call((), {}, 1)}
     walk.walk(block, linears, groups, hidden, calls, lambda g, h, _shift: seen.update({g.names[0]: h.tokens}), True)
     assert seen == {"even": 8, "odd": 4, "last": 12}
 
@@ -102,14 +102,14 @@ def test_quantized_weights_are_seen_downstream_only_with_true_sequential():
             traces[group.names[0]] = float(hessian.mean().trace())
             linears[group.names[0]].weight.data.mul_(2)
 
-        walk.walk(block, linears, groups, [torch.ones(1, 3, 4)], {1: walk.Call((), {}, 1)}, solve, true_sequential)
+        walk.walk(block, linears, groups, [torch.ones(1, 3, 4)], {1: surroundings.Call((), {}, 1)}, solve, true_sequential)
         assert traces == {"0": 4.0, "1": 16.0 if true_sequential else 4.0}
 
 
 def test_a_weight_is_given_up_when_the_last_batch_has_passed_unless_it_is_wanted():
     block = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     linears, groups = {"0": block[0], "1": block[1]}, [walk.InputGroup(("0",), 4), walk.InputGroup(("1",), 4)]
-    calls, entering = {1: walk.Call((), {}, 1)}, [torch.ones(1, 3, 4), torch.randn(1, 3, 4)]
+    calls, entering = {1: surroundings.Call((), {}, 1)}, [torch.ones(1, 3, 4), torch.randn(1, 3, 4)]
     expected = [block(hidden) for hidden in entering]
     for once in (False, True):
         hidden, seen = list(entering), []
@@ -131,7 +131,7 @@ def test_a_linear_that_a_longer_batch_calls_again_is_refused():
         def forward(self, hidden):
             return torch.cat([self.inner(part) for part in hidden.split(2, dim=1)], 1)
 
-    block, calls = Chunked(), {1: walk.Call((), {}, 1)}
+    block, calls = Chunked(), {1: surroundings.Call((), {}, 1)}
     linears = {"inner": block.inner}
     groups = walk.discover(block, linears, torch.ones(1, 2, 4), calls[1])
     with pytest.raises(UnsupportedModelError, match="inner: called more than once"):
@@ -143,7 +143,7 @@ def test_a_weight_that_a_batch_goes_around_stays():
     linears = {name: module for name, module in block.named_modules() if name}
     groups = [walk.InputGroup((name,), 8) for name in linears]
     hidden = [torch.full((1, 4, 8), sign) for sign in (1.0, -1.0)]
-    walk.walk(block, linears, groups, hidden, {1: walk.Call((), {}, 1)}, lambda *_: None, True, once=True)
+    walk.walk(block, linears, groups, hidden, {1: surroundings.Call((), {}, 1)}, lambda *_: None, True, once=True)
     assert [linear.weight.is_meta for linear in linears.values()] == [False, False, True]
     assert not any(linear._forward_hooks for linear in linears.values())
 
@@ -163,7 +163,7 @@ def test_arguments_that_depend_on_the_tokens_are_refused():
 
     body = Body()
     with pytest.raises(walk.UnsupportedModelError, match="depend on the token ids"):
-        walk.capture(body, body.blocks, [torch.zeros(1, 4), torch.ones(1, 4)], as_tuple=False)
+        surroundings.capture(body, body.blocks, [torch.zeros(1, 4), torch.ones(1, 4)], as_tuple=False)
 
 
 @pytest.mark.parametrize(("architecture", "reason"), [("gpt2", "Conv1D"), ("mixtral", "experts stacked")])

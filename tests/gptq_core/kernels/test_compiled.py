@@ -106,6 +106,20 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 
 
 @in_c
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("columns", [1, 48, 100, 192, 193, 400])
+def test_of_a_product_with_itself_the_lower_half(threads, columns, monkeypatch):
+    x = operand(700, columns)
+    monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    whole, half = torch.zeros(2, columns, columns)
+    compiled.add_products([(whole, x.clone(), x)])  # laid out apart
+    compiled.add_products([(half, x, x)], lower=True)
+    assert torch.equal(half.tril(), whole.tril())
+    assert int(half.count_nonzero()) <= columns * (columns + 2 * compiled.SIDE) / 2, "no more above it than the products are wide"
+
+
+@in_c
 def test_torchs_threads_share_what_is_large(monkeypatch):
     assert compiled._team() or not torch.backends.openmp.is_available()
     lent = []
