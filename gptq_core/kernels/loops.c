@@ -12,6 +12,39 @@ enum { WIDTH = 64, NARROW = 32 }; /* LARGEST_BLOCK comes from compiled.py */
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_OUTPUT for (long r = 0; r < width; r++)
 
+/* What a processor adds up at once, and of how much it keeps the sums in registers: of the tile, and of columns. */
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+enum { VECTORS = 2, TOGETHER = 4 };
+typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+/* sums[j][r] += sign * (shares[j][0] done[0][r] + shares[j][1] done[1][r] + ... of so many), for TOGETHER columns j. */
+INLINE void add_up(float (*sums)[WIDTH], float sign, const float *const *shares, float (*done)[WIDTH], long count)
+{
+    for (long r = 0; r < WIDTH; r += VECTORS * LANES) {
+        vector sum[TOGETHER][VECTORS];
+#pragma GCC unroll 4
+        for (int j = 0; j < TOGETHER; j++)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++)
+                sum[j][v] = *(const vector *)(sums[j] + r + v * LANES);
+        for (long k = 0; k < count; k++)
+#pragma GCC unroll 4
+            for (int j = 0; j < TOGETHER; j++)
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; v++)
+                    sum[j][v] += sign * shares[j][k] * *(const vector *)(done[k] + r + v * LANES);
+#pragma GCC unroll 4
+        for (int j = 0; j < TOGETHER; j++)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++)
+                *(vector *)(sums[j] + r + v * LANES) = sum[j][v];
+    }
+}
+
 /* Added, it leaves a float below 2^22 no bits behind the point. No compiler may fold the two additions but with -ffast-math. */
 static const float TO_WHOLE = 12582912.0f; /* 1.5 * 2^23 */
 
@@ -28,20 +61,30 @@ INLINE void round_tile(
     const int64_t *group, float max_code, uint8_t *codes, long codes_stride, long block)
 {
     float left[LARGEST_BLOCK][WIDTH]; /* what is `now` at the end, close together: rows of it are far apart, and evict each other */
-    for (long i = 0; i < block; i++) {
-        const float *scale = scales + group[i] * grid_stride, *zero = zeros + group[i] * grid_stride;
-        const float *share = feedback + i * block;
-        float *row = now + i * now_stride;
-        uint8_t *code = codes + i * codes_stride;
-        float target[WIDTH];
-        EACH_OUTPUT target[r] = row[r];
-        for (long k = 0; k < i; k++)
-            EACH_OUTPUT target[r] -= share[k] * left[k][r];
-        EACH_OUTPUT {
-            float centred = nearest(target[r] / scale[r], -zero[r], max_code - zero[r]);
-            left[i][r] = target[r] - centred * scale[r];
-            row[r] = left[i][r];
-            code[r] = (uint8_t)(int)(centred + zero[r]);
+    for (long first = 0; first < block; first += TOGETHER) {
+        const long count = block - first < TOGETHER ? block - first : TOGETHER;
+        const float *shares[TOGETHER];
+        float targets[TOGETHER][WIDTH] = {{0}};
+        for (long j = 0; j < TOGETHER; j++)
+            shares[j] = feedback + (first + (j < count ? j : 0)) * block;
+        for (long j = 0; j < count; j++)
+            EACH_OUTPUT targets[j][r] = now[(first + j) * now_stride + r];
+        add_up(targets, -1, shares, left, first);
+        for (long j = 0; j < count; j++) {
+            const long i = first + j;
+            const float *scale = scales + group[i] * grid_stride, *zero = zeros + group[i] * grid_stride;
+            float *target = targets[j], *row = now + i * now_stride;
+            uint8_t *code = codes + i * codes_stride;
+            for (long k = first; k < i; k++)
+                EACH_OUTPUT target[r] -= shares[j][k] * left[k][r];
+            EACH_OUTPUT {
+                float centred = nearest(target[r] / scale[r], -zero[r], max_code - zero[r]);
+                left[i][r] = target[r] - centred * scale[r];
+                row[r] = left[i][r];
+                code[r] = (uint8_t)(int)(centred + zero[r]);
+            }
+            for (long r = width; r < WIDTH; r++)
+                left[i][r] = 0;
         }
     }
 }
@@ -104,22 +147,32 @@ INLINE void descend_tile(
     float max_code, const float *damped, long damped_stride, float *change, long change_stride, long block)
 {
     float moved[LARGEST_BLOCK][WIDTH];
-    for (long i = 0; i < block; i++) {
-        const float *bend = damped + i * damped_stride;
-        const float inverse = 1 / bend[i];
-        float *row = slope + i * slope_stride;
-        uint8_t *code = codes + i * codes_stride;
-        float found[WIDTH];
-        EACH_OUTPUT found[r] = row[r];
-        for (long k = 0; k < i; k++)
-            EACH_OUTPUT found[r] += bend[k] * moved[k][r];
-        EACH_OUTPUT {
-            float before = ((float)code[r] - zero[r]) * scale[r];
-            float centred = nearest((before - found[r] * inverse) / scale[r], -zero[r], max_code - zero[r]);
-            moved[i][r] = centred * scale[r] - before;
-            change[i * change_stride + r] = moved[i][r];
-            row[r] = found[r];
-            code[r] = (uint8_t)(int)(centred + zero[r]);
+    for (long first = 0; first < block; first += TOGETHER) {
+        const long count = block - first < TOGETHER ? block - first : TOGETHER;
+        const float *bends[TOGETHER];
+        float slopes[TOGETHER][WIDTH] = {{0}};
+        for (long j = 0; j < TOGETHER; j++)
+            bends[j] = damped + (first + (j < count ? j : 0)) * damped_stride;
+        for (long j = 0; j < count; j++)
+            EACH_OUTPUT slopes[j][r] = slope[(first + j) * slope_stride + r];
+        add_up(slopes, 1, bends, moved, first);
+        for (long j = 0; j < count; j++) {
+            const long i = first + j;
+            const float inverse = 1 / bends[j][i];
+            float *found = slopes[j], *row = slope + i * slope_stride;
+            uint8_t *code = codes + i * codes_stride;
+            for (long k = first; k < i; k++)
+                EACH_OUTPUT found[r] += bends[j][k] * moved[k][r];
+            EACH_OUTPUT {
+                float before = ((float)code[r] - zero[r]) * scale[r];
+                float centred = nearest((before - found[r] * inverse) / scale[r], -zero[r], max_code - zero[r]);
+                moved[i][r] = centred * scale[r] - before;
+                change[i * change_stride + r] = moved[i][r];
+                row[r] = found[r];
+                code[r] = (uint8_t)(int)(centred + zero[r]);
+            }
+            for (long r = width; r < WIDTH; r++)
+                moved[i][r] = 0;
         }
     }
 }
