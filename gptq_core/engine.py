@@ -116,9 +116,9 @@ class Quantization:
         Raises InputError (wrong model, config or output; nothing was touched) or OutputHeldError.
         """
         run = cls.look(model_path, config, windows, revision=revision, dtype=dtype, device=device)
-        run.output = OutputFolder(Path(out))
         with ExitStack() as on_failure:
-            on_failure.callback(run.close)  # whatever goes wrong from here on, the lock is given back
+            on_failure.callback(run.close)  # whatever goes wrong from here on, memory and lock are given back
+            run.output = OutputFolder(Path(out))
             record = run._identity()
             run.key = content_key(record)
             run.finished = run.output.open(run.key, record | {"tokens": run._text()}, overwrite)

@@ -210,6 +210,7 @@ def search(
 
 def pack(codes: UInt8[Tensor, "n m"], bits: int) -> Int32[Tensor, "words m"]:
     """checkpoint.packing.pack."""
+    assert codes.dtype == torch.uint8, codes.dtype
     codes = codes.contiguous()
     units, out = codes.shape[0] // 32, codes.shape[1]
     words = torch.empty(units * bits, out, dtype=torch.int32)

@@ -13,10 +13,12 @@ enum { WIDTH = 64, NARROW = 32 }; /* LARGEST_BLOCK comes from compiled.py */
 #define EACH_OUTPUT for (long r = 0; r < width; r++)
 
 /* What a processor adds up at once, and of how much it keeps the sums in registers: of the tile, and of columns. */
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 enum { LANES = 16 };
-#else
+#elif defined(__AVX__)
 enum { LANES = 8 };
+#else
+enum { LANES = 4 }; /* a vector wider than the processor's goes through memory: a tenth of the speed */
 #endif
 enum { VECTORS = 2, TOGETHER = 4 };
 typedef float vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));

@@ -10,6 +10,7 @@ import torch
 from tiny import save_model
 
 from gptq_core import Quantization, QuantizeConfig, Windows, heap
+from gptq_core.errors import InputError
 
 TOOLS = """
 import ctypes
@@ -84,3 +85,7 @@ def test_a_run_on_the_cpu_keeps_them_until_it_is_closed(tmp_path, monkeypatch):
     with Quantization.look(str(model), QuantizeConfig(bits=4, group_size=32), windows, revision=None, dtype="auto", device="cpu"):
         assert told == ["keep"]
     assert told == ["keep", "let_go"]
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError, match="is a file"):
+        Quantization.open(str(model), QuantizeConfig(bits=4, group_size=32), windows, tmp_path / "taken", device="cpu")
+    assert told == ["keep", "let_go"] * 2, "nobody has it to close it"

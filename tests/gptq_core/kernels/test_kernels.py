@@ -18,8 +18,8 @@ from gptq_core.kernels import columns, compiled, descent, dispatch, scales
 from gptq_core.solver import solve
 
 WIDTHS = [(2, True), (3, False), (4, True), (4, False), (8, False)]
-OUT = 37
-"""No multiple of a tile."""
+OUT, MORE = 37, 101
+"""No multiple of a tile, and more than one of the loops in C."""
 
 
 @pytest.fixture(params=["fused", "compiled"])
@@ -51,9 +51,9 @@ def on_device(kernels, function, *arguments):
     return [t.cpu() for t in (result if isinstance(result, tuple) else (result,))], [a.cpu() for a in copies if isinstance(a, torch.Tensor)]
 
 
-def grids(bits, sym, groups, g):
+def grids(bits, sym, groups, g, out=OUT):
     """Scales that are powers of two, of either sign where symmetric, and zeros."""
-    scale = 2.0 ** torch.randint(-3, 0, (groups, OUT), generator=g)
+    scale = 2.0 ** torch.randint(-3, 0, (groups, out), generator=g)
     if sym:
         return scale * (1 - 2 * torch.randint(0, 2, scale.shape, generator=g)), torch.full_like(scale, 2 ** (bits - 1))
     return scale, torch.randint(0, 2**bits, scale.shape, generator=g).float()
@@ -65,13 +65,13 @@ def sparse(block, g):
     return torch.triu((torch.rand(block, block, generator=g) < 2 / block).float(), 1) * sign
 
 
-@pytest.mark.parametrize("block", [1, 16, 100, 128])
+@pytest.mark.parametrize(("block", "out"), [(1, OUT), (16, OUT), (102, MORE), (128, OUT)])
 @pytest.mark.parametrize(("bits", "sym"), WIDTHS)
-def test_the_sweep_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block, kernels):
+def test_the_sweep_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block, out, kernels):
     g = torch.Generator().manual_seed(block)
-    scale, zero = grids(bits, sym, 3, g)
+    scale, zero = grids(bits, sym, 3, g, out)
     group = torch.randint(0, 3, (block,), generator=g)  # interleaved
-    now = torch.randint(-150, 150, (block, OUT), generator=g) / 64
+    now = torch.randint(-150, 150, (block, out), generator=g) / 64
     now[:, :3] = 0
     feedback = torch.eye(block) + sparse(block, g)
     assert block == 1 or ((now / scale[group]) % 1 == 0.5).any()  # ties
@@ -103,15 +103,15 @@ def test_the_sweep_rounds_every_target_to_its_nearest_code(block, kernels):
     assert (codes != columns.round_columns(now.clone(), feedback, scale, zero, group, 15)).double().mean() < 1e-3
 
 
-@pytest.mark.parametrize("block", [1, 48, 128])
+@pytest.mark.parametrize(("block", "out"), [(1, OUT), (47, MORE), (128, OUT)])
 @pytest.mark.parametrize(("bits", "sym"), WIDTHS)
-def test_the_descent_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block, kernels):
+def test_the_descent_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, block, out, kernels):
     g = torch.Generator().manual_seed(block)
-    scale, zero = (t[0] for t in grids(bits, sym, 1, g))
+    scale, zero = (t[0] for t in grids(bits, sym, 1, g, out))
     upper = sparse(block, g)
     damped = upper + upper.T + torch.diag(2.0 ** torch.randint(0, 3, (block,), generator=g))
-    codes = torch.randint(0, 2**bits, (block, OUT), dtype=torch.uint8, generator=g)
-    slope = torch.randint(-64, 64, (block, OUT), generator=g) / 64
+    codes = torch.randint(0, 2**bits, (block, out), dtype=torch.uint8, generator=g)
+    slope = torch.randint(-64, 64, (block, out), generator=g) / 64
 
     slopes = {dtype: slope.to(dtype, copy=True) for dtype in (torch.float32, torch.float64)}
     moved = {dtype: codes.clone() for dtype in slopes}
