@@ -148,24 +148,6 @@ def test_a_weight_that_a_batch_goes_around_stays():
     assert not any(linear._forward_hooks for linear in linears.values())
 
 
-def test_arguments_that_depend_on_the_tokens_are_refused():
-    class Block(nn.Module):
-        def forward(self, hidden, extra):
-            return hidden
-
-    class Body(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([Block()])
-
-        def forward(self, input_ids, use_cache):
-            return self.blocks[0](input_ids.float(), input_ids)
-
-    body = Body()
-    with pytest.raises(walk.UnsupportedModelError, match="depend on the token ids"):
-        surroundings.capture(body, body.blocks, [torch.zeros(1, 4), torch.ones(1, 4)], as_tuple=False)
-
-
 @pytest.mark.parametrize(("architecture", "reason"), [("gpt2", "Conv1D"), ("mixtral", "experts stacked")])
 def test_what_cannot_be_quantized_yet_is_refused_by_name(architecture, reason):
     with pytest.raises(walk.UnsupportedModelError, match=reason):
