@@ -32,11 +32,15 @@ def let_go() -> None:
 
 def give_back() -> None:
     """Give back all free pages, holes inside the heap too."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if library := _glibc():
+        library.malloc_trim(0)
 
 
 def _set(parameter: int, value: int) -> None:
-    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # others have a mallopt too, with numbers of their own
+    if library := _glibc():
         library.mallopt(parameter, value)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") else None  # others have a mallopt too, with numbers of their own

@@ -26,6 +26,7 @@ CONFIGS: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64),
     "mixtral": lambda: transformers.MixtralConfig(**GATED, num_local_experts=4),
 }
+DENSE = [name for name in CONFIGS if name not in ("gpt2", "mixtral")]
 
 
 def save_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -47,6 +47,20 @@ INLINE void add_up(float (*sums)[WIDTH], float sign, const float *const *shares,
     }
 }
 
+/* For i = first + j, j below `count`: sums[j] = rows[i] + sign * (shares[i][0] done[0] + ... of the `first` columns before).
+   `count` is TOGETHER but at the end of a block; sums beyond it are of no use. */
+INLINE void sum_rows(
+    long width, const float *rows, long rows_stride, float sign, const float *shares, long shares_stride, float (*done)[WIDTH],
+    long first, long count, float (*sums)[WIDTH])
+{
+    const float *own[TOGETHER];
+    for (long j = 0; j < TOGETHER; j++)
+        own[j] = shares + (first + (j < count ? j : 0)) * shares_stride;
+    for (long j = 0; j < count; j++)
+        EACH_OUTPUT sums[j][r] = rows[(first + j) * rows_stride + r];
+    add_up(sums, sign, own, done, first);
+}
+
 /* Added, it leaves a float below 2^22 no bits behind the point. No compiler may fold the two additions but with -ffast-math. */
 static const float TO_WHOLE = 12582912.0f; /* 1.5 * 2^23 */
 
@@ -65,20 +79,16 @@ INLINE void round_tile(
     float left[LARGEST_BLOCK][WIDTH]; /* what is `now` at the end, close together: rows of it are far apart, and evict each other */
     for (long first = 0; first < block; first += TOGETHER) {
         const long count = block - first < TOGETHER ? block - first : TOGETHER;
-        const float *shares[TOGETHER];
         float targets[TOGETHER][WIDTH] = {{0}};
-        for (long j = 0; j < TOGETHER; j++)
-            shares[j] = feedback + (first + (j < count ? j : 0)) * block;
-        for (long j = 0; j < count; j++)
-            EACH_OUTPUT targets[j][r] = now[(first + j) * now_stride + r];
-        add_up(targets, -1, shares, left, first);
+        sum_rows(width, now, now_stride, -1, feedback, block, left, first, count, targets);
         for (long j = 0; j < count; j++) {
             const long i = first + j;
             const float *scale = scales + group[i] * grid_stride, *zero = zeros + group[i] * grid_stride;
+            const float *share = feedback + i * block;
             float *target = targets[j], *row = now + i * now_stride;
             uint8_t *code = codes + i * codes_stride;
             for (long k = first; k < i; k++)
-                EACH_OUTPUT target[r] -= shares[j][k] * left[k][r];
+                EACH_OUTPUT target[r] -= share[k] * left[k][r];
             EACH_OUTPUT {
                 float centred = nearest(target[r] / scale[r], -zero[r], max_code - zero[r]);
                 left[i][r] = target[r] - centred * scale[r];
@@ -151,20 +161,16 @@ INLINE void descend_tile(
     float moved[LARGEST_BLOCK][WIDTH];
     for (long first = 0; first < block; first += TOGETHER) {
         const long count = block - first < TOGETHER ? block - first : TOGETHER;
-        const float *bends[TOGETHER];
         float slopes[TOGETHER][WIDTH] = {{0}};
-        for (long j = 0; j < TOGETHER; j++)
-            bends[j] = damped + (first + (j < count ? j : 0)) * damped_stride;
-        for (long j = 0; j < count; j++)
-            EACH_OUTPUT slopes[j][r] = slope[(first + j) * slope_stride + r];
-        add_up(slopes, 1, bends, moved, first);
+        sum_rows(width, slope, slope_stride, 1, damped, damped_stride, moved, first, count, slopes);
         for (long j = 0; j < count; j++) {
             const long i = first + j;
-            const float inverse = 1 / bends[j][i];
+            const float *bend = damped + i * damped_stride;
+            const float inverse = 1 / bend[i];
             float *found = slopes[j], *row = slope + i * slope_stride;
             uint8_t *code = codes + i * codes_stride;
             for (long k = first; k < i; k++)
-                EACH_OUTPUT found[r] += bends[j][k] * moved[k][r];
+                EACH_OUTPUT found[r] += bend[k] * moved[k][r];
             EACH_OUTPUT {
                 float before = ((float)code[r] - zero[r]) * scale[r];
                 float centred = nearest((before - found[r] * inverse) / scale[r], -zero[r], max_code - zero[r]);

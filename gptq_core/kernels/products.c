@@ -100,7 +100,7 @@ WITH_BFLOAT16 static void add_product(const struct product *of, uint32_t *packed
                 for (long r = 0; r < high; r += ROWS)
                     if (i + r + ROWS > of->above + p * SIDE)
                         multiply(down + r, packed + p * panel, pairs, of->total + (i + r) * of->total_stride + p * SIDE, of->total_stride,
-                             least(ROWS, high - r), least(SIDE, of->columns - p * SIDE));
+                                 least(ROWS, high - r), least(SIDE, of->columns - p * SIDE));
         }
     }
 }

@@ -140,11 +140,17 @@ class Bench:
         write(self.args.out, name, self.results, document(self.results))
 
 
+def python(text: str) -> str:
+    if not (found := shutil.which(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a PYTHON that can be run")
+    return str(Path(found).absolute())  # not resolved: the link inside an environment is what makes it one
+
+
 def peer(text: str) -> tuple[str, str]:
-    name, _, python = text.partition("=")
-    if name not in PEERS or not shutil.which(python):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=PYTHON with a NAME of {', '.join(PEERS)} and a PYTHON that can be run")
-    return name, str(Path(shutil.which(python)).absolute())  # not resolved: the link inside an environment is what makes it one
+    name, _, own = text.partition("=")
+    if name not in PEERS:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=PYTHON with a NAME of {', '.join(PEERS)}")
+    return name, python(own)
 
 
 def arguments() -> argparse.Namespace:
@@ -154,7 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration")
     parser.add_argument("--heldout", help="without it, time and memory alone")
     parser.add_argument("--peer", type=peer, action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--ours", default=sys.executable, metavar="PYTHON", help="with what our engine needs; its sources are these")
+    parser.add_argument("--ours", type=python, default=sys.executable, metavar="PYTHON", help="with what our engine needs, not itself")
     parser.add_argument("--recipes", default="classic,tuned", type=lambda text: text.split(","))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)

@@ -3,14 +3,12 @@
 import pytest
 import torch
 import transformers
-from tiny import CONFIGS
+from tiny import CONFIGS, DENSE
 from torch import nn
 
 from gptq_core import surroundings, walk
 from gptq_core.architecture import find_decoder
 from gptq_core.errors import UnsupportedModelError
-
-DENSE = [name for name in CONFIGS if name not in ("gpt2", "mixtral")]
 
 
 @pytest.mark.parametrize("architecture", DENSE)

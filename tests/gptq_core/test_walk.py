@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import CONFIGS, quantize, save_model, windows
+from tiny import CONFIGS, DENSE, quantize, save_model, windows
 from torch import nn
 
 from gptq_core import QuantizeConfig, engine, load_quantized, surroundings, walk
@@ -10,8 +10,6 @@ from gptq_core.architecture import empty_model, fill, find_decoder, linears_of
 from gptq_core.engine import Quantization
 from gptq_core.errors import UnsupportedModelError
 from gptq_core.group import solve_group
-
-DENSE = [name for name in CONFIGS if name not in ("gpt2", "mixtral")]
 
 
 @pytest.mark.parametrize("architecture", DENSE)
