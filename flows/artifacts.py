@@ -13,12 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
@@ -33,6 +28,7 @@ def prefect_run() -> dict[str, str | None]:
     name = flow_run.get_id()
     page = url_for("flow-run", obj_id=name) if name else None
     return {"prefect_flow_run_id": name, "prefect_flow_run_url": page and without_password(page)}
+
 
 MOST_BYTES = 300_000
 """Of a picture that is stored in Prefect's database, in the text of its artifact."""

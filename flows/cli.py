@@ -13,7 +13,10 @@ from flows.launch import FAILED, fail, outcome, quiet, run, run_sweep, watched
 app = typer.Typer(
     help="Quantize Hugging Face causal language models with GPTQ: one command from a model to an evaluated, tracked checkpoint.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 75 the output is held by another run, 130 interrupted.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(report.app, name="report")
@@ -63,13 +66,27 @@ def quantize(
     with outcome():
         from tasks.config import from_dict, load
 
-        overrides = settings(set_, {
-            "model.path": model, "model.device": device, "quantization.dataset": dataset, "quantization.bits": bits,
-            "quantization.group_size": group_size, "quantization.format": format, "quantization.sym": sym,
-            "quantization.desc_act": desc_act, "quantization.damp_percent": damp_percent, "calibration.samples": samples,
-            "calibration.seqlen": seqlen, "calibration.seed": seed, "evaluation.seqlen": seqlen, "evaluation.dataset": eval_dataset,
-            "output.dir": str(out) if out else None, "output.overwrite": overwrite or None,
-        })
+        overrides = settings(
+            set_,
+            {
+                "model.path": model,
+                "model.device": device,
+                "quantization.dataset": dataset,
+                "quantization.bits": bits,
+                "quantization.group_size": group_size,
+                "quantization.format": format,
+                "quantization.sym": sym,
+                "quantization.desc_act": desc_act,
+                "quantization.damp_percent": damp_percent,
+                "calibration.samples": samples,
+                "calibration.seqlen": seqlen,
+                "calibration.seed": seed,
+                "evaluation.seqlen": seqlen,
+                "evaluation.dataset": eval_dataset,
+                "output.dir": str(out) if out else None,
+                "output.overwrite": overwrite or None,
+            },
+        )
         run(load(config, overrides) if config else from_dict({}, overrides))
 
 
@@ -88,10 +105,20 @@ def plan(
         found = foresee(request, rates=True)
         short = shortages(request, found)
         if as_json:
-            show_json({"loads": [verdict.record() for verdict in found.verdicts], "quantized_layers": list(found.selection.layers),
-                       "left": found.selection.left, "bits_per_weight": found.bits_per_weight, "bytes": found.bytes,
-                       "original_bytes": found.original_bytes, **found.estimate.record(), "fits": not any(s.certain for s in short),
-                       "shortages": list(map(str, short)), "notes": [*found.notes, *found.estimate.notes]})
+            show_json(
+                {
+                    "loads": [verdict.record() for verdict in found.verdicts],
+                    "quantized_layers": list(found.selection.layers),
+                    "left": found.selection.left,
+                    "bits_per_weight": found.bits_per_weight,
+                    "bytes": found.bytes,
+                    "original_bytes": found.original_bytes,
+                    **found.estimate.record(),
+                    "fits": not any(s.certain for s in short),
+                    "shortages": list(map(str, short)),
+                    "notes": [*found.notes, *found.estimate.notes],
+                }
+            )
         else:
             from flows.screen import show_plan
 
@@ -115,8 +142,17 @@ def sweep(
     with outcome():
         from tasks.sweep import load_sweep, parse_axis
 
-        overrides = settings(set_, {"dir": str(out) if out else None, "mode": mode, "max_parallel": max_parallel, "runner": runner,
-                                    "ray_address": address, "output.overwrite": overwrite or None})
+        overrides = settings(
+            set_,
+            {
+                "dir": str(out) if out else None,
+                "mode": mode,
+                "max_parallel": max_parallel,
+                "runner": runner,
+                "ray_address": address,
+                "output.overwrite": overwrite or None,
+            },
+        )
         run_sweep(load_sweep(config, dict(parse_axis(axis) for axis in grid or []), overrides), as_json)
 
 
@@ -135,8 +171,16 @@ def evaluate(
     with outcome():
         from flows.request import EvaluationRequest, prepare_evaluation, runner
 
-        request = validated(EvaluationRequest, checkpoint=str(checkpoint), dataset=dataset, model=model, seqlen=seqlen, samples=samples,
-                            device=device, backend=backend)
+        request = validated(
+            EvaluationRequest,
+            checkpoint=str(checkpoint),
+            dataset=dataset,
+            model=model,
+            seqlen=seqlen,
+            samples=samples,
+            device=device,
+            backend=backend,
+        )
         prepare_evaluation(request)
         runner(request)
         quiet()
@@ -174,10 +218,11 @@ def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help=
 @app.command()
 def track_pending(
     outbox: Annotated[Path, typer.Option(help="Folder of the notes: tracking.outbox of the runs.")] = Path("runs/outbox"),
-    uri: option(str, "Address of the store now, where it is not the one of the runs; env:NAME: it stands in the environment.",
-                panel="Options") = None,
+    uri: option(
+        str, "Address of the store now, where it is not the one of the runs; env:NAME: it stands in the environment.", panel="Options"
+    ) = None,
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Log to MLflow, and register there, what it did not take when runs and sweeps ended."""
     with outcome():
         quiet()
@@ -187,8 +232,11 @@ def track_pending(
         show_json(found) if as_json else show_pending(outbox, found)
         waiting = [each for each in found if each["why"]]
         if waiting:
-            fail(FAILED, f"{len(waiting)} of {len(found)} stay in {outbox}; the first, {waiting[0]['path'] or waiting[0]['entry']}: "
-                         f"{waiting[0]['why']}")
+            fail(
+                FAILED,
+                f"{len(waiting)} of {len(found)} stay in {outbox}; the first, {waiting[0]['path'] or waiting[0]['entry']}: "
+                f"{waiting[0]['why']}",
+            )
 
 
 @app.command()

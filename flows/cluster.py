@@ -34,7 +34,9 @@ def ray_options(config: SweepConfig, places: Places) -> AbstractContextManager[o
     gpus = 0 if on_cpu or not ray.cluster_resources().get("GPU") else 1 / places.slots
     if gpus and not torch.cuda.is_available():
         # the kind of device is part of what a checkpoint is known by: done there would not count as done here
-        raise InputError("runner: ray on a cluster with GPUs must be started where there is one: start the sweep on such a node, "
-                         "or set base.model.device: cpu")  # fmt: skip
+        raise InputError(
+            "runner: ray on a cluster with GPUs must be started where there is one: start the sweep on such a node, "
+            "or set base.model.device: cpu"
+        )
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
     return remote_options(num_cpus=min(places.threads, largest), num_gpus=gpus)  # more than any node has would wait for ever

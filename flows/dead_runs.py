@@ -44,16 +44,22 @@ def mark(client: SyncPrefectClient) -> list[FlowRun]:
         state = Crashed if run.state.is_running() else Cancelled
         told = state(message=f"its process {run.labels[PROCESS].split()[0]} was killed; noticed by a later run on this machine")
         client.set_flow_run_state(run.id, told, force=True)
-        for task in client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}),
-                                          task_run_filter=TaskRunFilter(state={"type": {"any_": [StateType.RUNNING]}})):
+        for task in client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id={"any_": [run.id]}),
+            task_run_filter=TaskRunFilter(state={"type": {"any_": [StateType.RUNNING]}}),
+        ):
             client.set_task_run_state(task.id, state(message=told.message), force=True)
     return dead
 
 
 def labels(pid: int) -> dict[str, str]:
     """What names a process of this machine for good: its number comes again, its number and start together do not."""
-    return {MACHINE: f"{platform.node()} {uuid.getnode():012x}", BOOT: (PROC / "sys/kernel/random/boot_id").read_text().strip(),
-            SPACE: os.readlink(PROC / "self/ns/pid"), PROCESS: f"{pid} {_start(pid)}"}
+    return {
+        MACHINE: f"{platform.node()} {uuid.getnode():012x}",
+        BOOT: (PROC / "sys/kernel/random/boot_id").read_text().strip(),
+        SPACE: os.readlink(PROC / "self/ns/pid"),
+        PROCESS: f"{pid} {_start(pid)}",
+    }
 
 
 def is_dead(theirs: dict[str, Any], here: dict[str, str]) -> bool:

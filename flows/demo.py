@@ -28,6 +28,9 @@ def demo_sweep(store: str) -> list[str]:
 def _files() -> dict[str, str]:
     """The files of configs/demo.yaml that its relative paths do not find; where they do, they are the same on every machine."""
     config = load(CONFIG)
-    keys = {"model.path": config.model.path, "quantization.dataset": config.quantization.dataset,
-            "evaluation.dataset": config.evaluation.dataset}
+    keys = {
+        "model.path": config.model.path,
+        "quantization.dataset": config.quantization.dataset,
+        "evaluation.dataset": config.evaluation.dataset,
+    }
     return {key: str(ROOT / path) for key, path in keys.items() if not Path(path).exists()}

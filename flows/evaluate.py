@@ -22,8 +22,16 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
     backend = runner(request)
     held_out = save(windows, records.beside(request.checkpoint, ".work"), "evaluation")
     with report.stage("evaluate", held_out["windows"]) as advance:
-        numbers = evaluate_checkpoint(request.checkpoint, held_out["file"], original, revision, request.device, True,
-                                      Progress(lambda done, total: advance(done)), backend)
+        numbers = evaluate_checkpoint(
+            request.checkpoint,
+            held_out["file"],
+            original,
+            revision,
+            request.device,
+            True,
+            Progress(lambda done, total: advance(done)),
+            backend,
+        )
     result = {"checkpoint": request.checkpoint, "original": original, "dataset": held_out["source"], **numbers}
     Board("evaluate").table({key: value for key, value in result.items() if value is not None}, Path(request.checkpoint).name)
     return result

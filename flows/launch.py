@@ -116,8 +116,11 @@ def quiet() -> None:
     import logging
 
     defaults = {
-        "PREFECT_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is for results
         "PREFECT_CLIENT_MAX_RETRIES": "3",  # a call to a server that is gone then costs 14 seconds and not a minute
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a fresh home and a busy machine need more than its 20
@@ -125,8 +128,12 @@ def quiet() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     # what they would tell is told by one line of ours: migrations, retries of a server that is away, events that it misses
-    levels = {"alembic": logging.WARNING, "urllib3.connectionpool": logging.ERROR, "prefect.events.clients": logging.ERROR,
-              "prefect._internal.concurrency": logging.CRITICAL}
+    levels = {
+        "alembic": logging.WARNING,
+        "urllib3.connectionpool": logging.ERROR,
+        "prefect.events.clients": logging.ERROR,
+        "prefect._internal.concurrency": logging.CRITICAL,
+    }
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 

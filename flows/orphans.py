@@ -39,8 +39,15 @@ def end_server_with_us() -> None:
         return
     mark = uuid.uuid4().hex
     # a session of its own: an interrupt or a hang-up of the terminal, and the killing of our group, are not for the watcher
-    _watchers.append(subprocess.Popen([sys.executable, "-I", "-S", "-c", WATCHER, f"{MARK}={mark}"], stdin=subprocess.PIPE,
-                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True))
+    _watchers.append(
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", WATCHER, f"{MARK}={mark}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
     os.environ[MARK] = mark
 
 

@@ -1,6 +1,6 @@
 """The main job: a causal language model in, a GPTQ checkpoint out, evaluated, judged and tracked.
 
-    prepare_dataset -> (allocate ->) capture_calibration -> quantize_block x N -> assemble -> evaluate -> report -> log -> promote
+prepare_dataset -> (allocate ->) capture_calibration -> quantize_block x N -> assemble -> evaluate -> report -> log -> promote
 """
 
 import time
@@ -54,7 +54,8 @@ def quantize(config: RunConfig) -> Any:
     if record["evaluation_error"]:
         raise EvaluationFailedError(
             f"the checkpoint {config.out} is complete, but its evaluation failed ({record['evaluation_error']}): "
-            "run the same command again to evaluate it")
+            "run the same command again to evaluate it"
+        )
     demand(config, record)
     if record["unchanged"] and record["finished_ms"] < started:
         told = f"unchanged: {config.out} is of this model, text and config; nothing was done"
@@ -66,9 +67,15 @@ def results(record: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a run that a person looks for first."""
     evaluation, assembly = record["evaluation"] or {}, record["assembly"]
     rows = {
-        "original perplexity": evaluation.get("original_perplexity"), "quantized perplexity": evaluation.get("quantized_perplexity"),
-        "KL per token (nats)": evaluation.get("kl"), "same top token": evaluation.get("top1_agreement"),
-        "original bytes": assembly["original_bytes"], "quantized bytes": assembly["bytes"], "bits per weight": assembly["bits_per_weight"],
-        "allocation": records.allocated(record), "seconds": record["seconds"], "gate": verdict(record.get("gate")),
+        "original perplexity": evaluation.get("original_perplexity"),
+        "quantized perplexity": evaluation.get("quantized_perplexity"),
+        "KL per token (nats)": evaluation.get("kl"),
+        "same top token": evaluation.get("top1_agreement"),
+        "original bytes": assembly["original_bytes"],
+        "quantized bytes": assembly["bytes"],
+        "bits per weight": assembly["bits_per_weight"],
+        "allocation": records.allocated(record),
+        "seconds": record["seconds"],
+        "gate": verdict(record.get("gate")),
     }
     return {key: value for key, value in rows.items() if value is not None}

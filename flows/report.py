@@ -25,8 +25,11 @@ class ShowFirst(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=ShowFirst, no_args_is_help=True, help="Write the report of a run or a sweep, or of two runs side by side: "
-                                                            "`report RUN_OR_SWEEP`, `report compare A B`.")
+app = typer.Typer(
+    cls=ShowFirst,
+    no_args_is_help=True,
+    help="Write the report of a run or a sweep, or of two runs side by side: `report RUN_OR_SWEEP`, `report compare A B`.",
+)
 
 Out = Annotated[Path | None, typer.Option(help="File to write. Default: beside what it is of.", show_default=False)]
 Open = Annotated[bool, typer.Option("--open", help="Open it in the browser.")]
@@ -35,11 +38,7 @@ Run = Annotated[Path, typer.Argument(help="Folder of a checkpoint, or its .run.j
 
 
 @app.command()
-def show(
-    run_or_sweep: RunOrSweep,
-    out: Out = None,
-    open_: Open = False,
-) -> None:
+def show(run_or_sweep: RunOrSweep, out: Out = None, open_: Open = False) -> None:
     """One HTML file that opens from disk: summary, quality and size, layers, time, what was left, config. The default command."""
     with outcome():
         from gptq_core.errors import InputError
@@ -49,8 +48,9 @@ def show(
         try:
             page = _page(found.kind, found.content)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise InputError(f"the record of {run_or_sweep} is damaged ({type(error).__name__}: {error}): the same command that made it "
-                             "writes it anew") from error  # fmt: skip
+            raise InputError(
+                f"the record of {run_or_sweep} is damaged ({type(error).__name__}: {error}): the same command that made it writes it anew"
+            ) from error
         _finish(page, out or found.report, open_)
 
 

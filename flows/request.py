@@ -53,8 +53,10 @@ def prepare_evaluation(request: EvaluationRequest) -> tuple[Windows, str | None,
     if record and request.dataset is None:
         return _windows_of_the_run(request, record), original, revision
     if request.dataset is None:
-        raise InputError(f"{request.checkpoint} has no run record ({records.record_path(request.checkpoint).name}) that names a text: "
-                         "give one with --dataset FILE")
+        raise InputError(
+            f"{request.checkpoint} has no run record ({records.record_path(request.checkpoint).name}) that names a text: "
+            "give one with --dataset FILE"
+        )
     evaluation = settings["evaluation"] if settings else {}
     seqlen = request.seqlen or evaluation.get("seqlen") or DEFAULT_SEQLEN
     return _cut(request, request.dataset, seqlen, request.samples or evaluation.get("samples")), original, revision
@@ -75,8 +77,10 @@ def _windows_of_the_run(request: EvaluationRequest, record: dict[str, Any]) -> W
     if request.seqlen not in (None, data["seqlen"], evaluation["seqlen"]):
         if tail:
             # the tail may be one window: a longer one would reach into the text that calibrated
-            raise InputError(f"--seqlen {request.seqlen}: the run kept the end of its calibration text apart in windows of "
-                             f"{data['seqlen']}; for other windows give a text with --dataset FILE")
+            raise InputError(
+                f"--seqlen {request.seqlen}: the run kept the end of its calibration text apart in windows of "
+                f"{data['seqlen']}; for other windows give a text with --dataset FILE"
+            )
         return _text_of_the_run(request, record, request.seqlen, request.samples or evaluation["samples"])
     # it moves with the checkpoint, whatever the working directory of the run was
     file = records.beside(request.checkpoint, ".work") / Path(data["file"]).name
@@ -85,8 +89,10 @@ def _windows_of_the_run(request: EvaluationRequest, record: dict[str, Any]) -> W
         return Windows.load(file).thinned(request.samples)
     windows = _text_of_the_run(request, record, evaluation["seqlen"], evaluation["samples"])
     if tail and windows.digest != data["digest"]:
-        raise InputError(f"{data['source']}: the text is no longer the one that the run read, so its end may hold what was calibrated on; "
-                         "give a text with --dataset FILE")
+        raise InputError(
+            f"{data['source']}: the text is no longer the one that the run read, so its end may hold what was calibrated on; "
+            "give a text with --dataset FILE"
+        )
     return _text_of_the_run(request, record, evaluation["seqlen"], request.samples) if more else windows.thinned(request.samples)
 
 
@@ -98,8 +104,12 @@ def _text_of_the_run(request: EvaluationRequest, record: dict[str, Any], seqlen:
 
     if settings["evaluation"]["dataset"] is not None:
         return _cut(request, found(settings["evaluation"]["dataset"]), seqlen, samples)
-    overrides = {"evaluation.seqlen": seqlen, "evaluation.samples": samples, "model.path": found(settings["model"]["path"]),
-                 "quantization.dataset": found(settings["quantization"]["dataset"])}
+    overrides = {
+        "evaluation.seqlen": seqlen,
+        "evaluation.samples": samples,
+        "model.path": found(settings["model"]["path"]),
+        "quantization.dataset": found(settings["quantization"]["dataset"]),
+    }
     return prepare(from_dict(settings, overrides)).evaluation
 
 
@@ -110,7 +120,7 @@ def _cut(request: EvaluationRequest, dataset: Any, seqlen: int, samples: int | N
 def _from_there(record: dict[str, Any], checkpoint: str, path: str) -> str:
     """A relative path of the run's config, found from the run's working directory where it is not found from this one."""
     out, here = Path(record["out"]), Path(checkpoint).resolve()
-    if Path(path).expanduser().exists() or here.parts[-len(out.parts):] != out.parts:
+    if Path(path).expanduser().exists() or here.parts[-len(out.parts) :] != out.parts:
         return path
-    there = Path(*here.parts[:-len(out.parts)], path)
+    there = Path(*here.parts[: -len(out.parts)], path)
     return str(there) if there.exists() else path

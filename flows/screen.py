@@ -71,9 +71,18 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
 
 def show_inspection(found: dict[str, Any]) -> None:
     """A checkpoint's own account of itself."""
-    head = {"checkpoint": found["path"], "format": found["format"], "bits": found["bits"], "group size": found["group_size"],
-            "symmetric": found["sym"], "desc_act": found["desc_act"], "bits per weight": found["bits_per_weight"],
-            "size": size(found["bytes"]), "quantized layers": len(found["layers"]), "dense tensors": len(found["dense"])}
+    head = {
+        "checkpoint": found["path"],
+        "format": found["format"],
+        "bits": found["bits"],
+        "group size": found["group_size"],
+        "symmetric": found["sym"],
+        "desc_act": found["desc_act"],
+        "bits per weight": found["bits_per_weight"],
+        "size": size(found["bytes"]),
+        "quantized layers": len(found["layers"]),
+        "dense tensors": len(found["dense"]),
+    }
     if found["loads"]:
         head["loads in"] = loads_in(found["loads"])
     show_table(head)
@@ -94,10 +103,15 @@ def show_inspection(found: dict[str, Any]) -> None:
 def show_plan(found: Foreseen, short: list[Shortage]) -> None:
     """What a run would make, who will load it, what it takes, and what of that is not there."""
     costs = found.estimate
-    rows = {"blocks": costs.blocks, "quantized layers": len(found.selection.layers), "left as they are": len(found.selection.left),
-            "bits per weight": found.bits_per_weight, "size": f"{size(found.bytes)} of {size(found.original_bytes)}",
-            "device": f"{costs.device}, {costs.dtype}",
-            "peak memory": f"{size(costs.host_bytes)}, of it {size(costs.mapped_bytes)} files that the system can take back"}
+    rows = {
+        "blocks": costs.blocks,
+        "quantized layers": len(found.selection.layers),
+        "left as they are": len(found.selection.left),
+        "bits per weight": found.bits_per_weight,
+        "size": f"{size(found.bytes)} of {size(found.original_bytes)}",
+        "device": f"{costs.device}, {costs.dtype}",
+        "peak memory": f"{size(costs.host_bytes)}, of it {size(costs.mapped_bytes)} files that the system can take back",
+    }
     if costs.device_bytes:
         rows["peak on the device"] = size(costs.device_bytes)
     rows["highest stage"] = max(costs.stage_bytes, key=costs.stage_bytes.__getitem__)
@@ -145,7 +159,8 @@ def registered(found: dict[str, Any]) -> str:
 def loads_in(verdicts: list[dict[str, Any]]) -> str:
     """The consumers that take a checkpoint, by their rules."""
     return ", ".join(f"{row['consumer']} {row['version']}" for row in verdicts if row["loads"]) or "none of " + ", ".join(
-        row["consumer"] for row in verdicts)
+        row["consumer"] for row in verdicts
+    )
 
 
 def _console() -> Console:
@@ -167,8 +182,16 @@ def show_sweep(found: dict[str, Any]) -> None:
             table.add_row(row["name"], "", "", "", "", "", "", row["status"])
             continue
         marks = [*(["recommended"] if row["name"] == found["recommended"]["name"] else []), *(["front"] if row["name"] in order else [])]
-        table.add_row(row["name"], size(row["bytes"]), f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.3f}",
-                      "-" if row["kl"] is None else f"{row['kl']:.5f}", f"{row['seconds']:.1f}", row["gate"] or "", ", ".join(marks))
+        table.add_row(
+            row["name"],
+            size(row["bytes"]),
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['perplexity']:.3f}",
+            "-" if row["kl"] is None else f"{row['kl']:.5f}",
+            f"{row['seconds']:.1f}",
+            row["gate"] or "",
+            ", ".join(marks),
+        )
     console = _console()
     console.print(table)
     for row in found["cells"]:

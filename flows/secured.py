@@ -90,9 +90,13 @@ def mlflow() -> Guard:
     from mlflow.server import constants, handlers
 
     root = "mlflow-artifacts:/"
-    os.environ |= {constants.BACKEND_STORE_URI_ENV_VAR: os.environ[STORE], constants.REGISTRY_STORE_URI_ENV_VAR: os.environ[STORE],
-                   constants.ARTIFACT_ROOT_ENV_VAR: root, constants.ARTIFACTS_DESTINATION_ENV_VAR: os.environ[ARTIFACTS],
-                   constants.SERVE_ARTIFACTS_ENV_VAR: "true"}  # fmt: skip
+    os.environ |= {
+        constants.BACKEND_STORE_URI_ENV_VAR: os.environ[STORE],
+        constants.REGISTRY_STORE_URI_ENV_VAR: os.environ[STORE],
+        constants.ARTIFACT_ROOT_ENV_VAR: root,
+        constants.ARTIFACTS_DESTINATION_ENV_VAR: os.environ[ARTIFACTS],
+        constants.SERVE_ARTIFACTS_ENV_VAR: "true",
+    }
     handlers.initialize_backend_stores(os.environ[STORE], os.environ[STORE], root)  # a fresh database is migrated before any run comes
     from mlflow.server.fastapi_app import app
 
@@ -103,8 +107,9 @@ def main(name: str, descriptor: str) -> None:
     """Serve on a socket that listens already: the parent knows its port, and nobody takes it meanwhile."""
     app: Any = {"prefect": prefect, "mlflow": mlflow}[name]()
     # no trust in X-Forwarded-*; a page that stays open must not hold up the end
-    config = uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False, proxy_headers=False, server_header=False,
-                            timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, lifespan="on", log_level="warning", access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=2
+    )
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(descriptor))])
 
 

@@ -68,8 +68,10 @@ def server() -> str:
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():
-        raise InputError("a schedule needs a Prefect server that stays, and PREFECT_API_URL names none: start one with "
-                         "`prefect server start`, then `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`")
+        raise InputError(
+            "a schedule needs a Prefect server that stays, and PREFECT_API_URL names none: start one with "
+            "`prefect server start`, then `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`"
+        )
     return PREFECT_API_URL.value()
 
 
@@ -80,8 +82,13 @@ def runner_deployment(deployment: Deployment) -> Any:
 
     limit = deployment.concurrency_limit and ConcurrencyLimitConfig(**deployment.concurrency_limit.model_dump())
     made = RunnerDeployment.from_entrypoint(
-        deployment.entrypoint, deployment.name, description=deployment.description, tags=deployment.tags, concurrency_limit=limit,
-        parameters=deployment.parameters, enforce_parameter_schema=deployment.enforce_parameter_schema,
+        deployment.entrypoint,
+        deployment.name,
+        description=deployment.description,
+        tags=deployment.tags,
+        concurrency_limit=limit,
+        parameters=deployment.parameters,
+        enforce_parameter_schema=deployment.enforce_parameter_schema,
         schedules=[Cron(spec.cron, timezone=spec.timezone, active=spec.active) for spec in deployment.schedules],
         paused=False,  # the end of the last `serve` has paused it
     )

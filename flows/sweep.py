@@ -129,9 +129,7 @@ def run_cell(name: str, job: Job, limits: dict[str, Any], logs: str, folder: str
     return outcome if outcome["status"] == "done" else Failed(message=f"{outcome['status']}: {outcome['error']}", data=outcome)
 
 
-def _exact(
-    config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick
-) -> Found:
+def _exact(config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick) -> Found:
     """Cells as they finish: logged, and told."""
     places, by_name = at.places(config, missing), {state.cell.name: state for state in missing}
     report.note(f"{len(missing)} cells, {places.at_once} at a time with {places.threads} threads each")
@@ -164,8 +162,7 @@ def _cells(config: SweepConfig, places: Places) -> Iterator[Callable[[dict[str, 
             names = {}
             with nullcontext() if leases else ray_options(config, places):
                 for name, job in jobs.items():
-                    given = {"name": name, "job": job, "limits": limits, "logs": str(logs), "folder": os.getcwd(),
-                             "leases": leases}  # fmt: skip
+                    given = {"name": name, "job": job, "limits": limits, "logs": str(logs), "folder": os.getcwd(), "leases": leases}
                     names[runner.submit(run_cell.with_options(task_run_name=name[:200]), given)] = name
             for future in as_completed(list(names)):
                 yield names[future], _outcome(future)
@@ -188,9 +185,7 @@ def _outcome(future: PrefectFuture) -> Outcome:
 # -- screening ------------------------------------------------------------------------------------------------------------
 
 
-def _screening(
-    config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick
-) -> Found:
+def _screening(config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick) -> Found:
     """All cells that share model and texts in one job; jobs one after another, with all cores."""
     places = at.places(config.model_copy(update={"max_parallel": 1}), missing)
     by_key, count = {}, 0
@@ -260,10 +255,20 @@ def _told(state: State) -> str:
 def table(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A line a cell, for Prefect's artifact and the terminal."""
     return [
-        {"cell": row["name"], "status": row["status"], "GB": row["bytes"] and row["bytes"] / 1e9, "bits per weight": row["bits_per_weight"],
-         "perplexity": row["perplexity"], "KL": row["kl"], "same top token": row["agreement"], "task recovery": row.get("recovery"),
-         "seconds": row["seconds"], "gate": row["gate"], "front": row["name"] in found["front"],
-         "recommended": row["name"] == found["recommended"]["name"],
-         "error": row["error"]}
+        {
+            "cell": row["name"],
+            "status": row["status"],
+            "GB": row["bytes"] and row["bytes"] / 1e9,
+            "bits per weight": row["bits_per_weight"],
+            "perplexity": row["perplexity"],
+            "KL": row["kl"],
+            "same top token": row["agreement"],
+            "task recovery": row.get("recovery"),
+            "seconds": row["seconds"],
+            "gate": row["gate"],
+            "front": row["name"] in found["front"],
+            "recommended": row["name"] == found["recommended"]["name"],
+            "error": row["error"],
+        }
         for row in found["cells"]
-    ]  # fmt: skip
+    ]

@@ -44,12 +44,21 @@ class ServerEndedError(GPTQError):
 class Child:
     """A process in a group of its own, so that Ctrl-C at the terminal is for us alone, and bound to us: it ends when we are killed."""
 
-    def __init__(self, name: str, arguments: list[str], environ: dict[str, str], log: int | None = None,
-                 passed: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, name: str, arguments: list[str], environ: dict[str, str], log: int | None = None, passed: tuple[int, ...] = ()
+    ) -> None:
         self.name = name
         path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen([sys.executable, "-m", *arguments], env=environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL,
-                                        stdout=log, stderr=log, pass_fds=passed, start_new_session=True, preexec_fn=ends_with_parent())
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=environ | {"PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=passed,
+            start_new_session=True,
+            preexec_fn=ends_with_parent(),
+        )
 
     def close(self, sign: signal.Signals = signal.SIGTERM) -> None:
         """End it and whatever it has started, in order if it does so within END seconds."""
@@ -89,8 +98,9 @@ def ui(prefect_port: int, mlflow_port: int, store: str, fill: list[str] | None =
     uri = database(store)
     auth, place = password() if guarded else ("", "")
     with asked_to_stop() as asked, ExitStack() as stack:
-        sockets = [stack.enter_context(listen(port, option)) for port, option in
-                   ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port"))]  # fmt: skip
+        sockets = [
+            stack.enter_context(listen(port, option)) for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port"))
+        ]
         servers = []
         for name, listening, health in zip(("Prefect", "MLflow"), sockets, ("/api/health", "/health"), strict=True):
             servers.append(Server(name, listening, environ(listening, uri, auth), health))
@@ -181,33 +191,42 @@ def environ(listening: socket.socket, uri: str, auth: str) -> dict[str, str]:
     kept |= {AUTH: auth} if auth else {}
     folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else Path.cwd()
     return kept | {
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}", "PREFECT_UI_API_URL": "/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port}",
+        "PREFECT_UI_API_URL": "/api",
         # the newer of Prefect's two pages calls an analytics service in vain at every step; it is a click away all the same
-        "PREFECT_SERVER_UI_V2_ENABLED": "false", "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true",
-        STORE: uri, ARTIFACTS: str(folder / "mlartifacts"), "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+        STORE: uri,
+        ARTIFACTS: str(folder / "mlartifacts"),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }  # fmt: skip
+    }
 
 
 def tell(servers: list[Server], uri: str, auth: str, place: str) -> None:
     prefect, mlflow = servers
     if not auth:
-        typer.echo(f"Prefect  {prefect.address}\nMLflow   {mlflow.address}\nwithout a password: whoever is on this machine may use both\n\n"
-                   f"what is started in another terminal shows there with\n  export PREFECT_API_URL={prefect.address}/api\n"
-                   f"  tracking.uri: {without_password(uri)}\nCtrl-C stops both")  # fmt: skip
+        typer.echo(
+            f"Prefect  {prefect.address}\nMLflow   {mlflow.address}\nwithout a password: whoever is on this machine may use both\n\n"
+            f"what is started in another terminal shows there with\n  export PREFECT_API_URL={prefect.address}/api\n"
+            f"  tracking.uri: {without_password(uri)}\nCtrl-C stops both"
+        )
         sys.stdout.flush()
         return
     known = auth if sys.stdout.isatty() and not place.startswith(f"${AUTH}") else f'"{place}"'  # no password in a file of output
     user = auth.partition(":")[0]
-    typer.echo(f"Prefect  {prefect.address}   its page asks once for {known}\n"
-               f"MLflow   {mlflow.address}   the user is {user}, the password what follows the colon\n\n"
-               "what is started in another terminal shows there with\n"
-               f"  export PREFECT_API_URL={prefect.address}/api\n"
-               f'  export PREFECT_API_AUTH_STRING="{place}"\n'
-               f"  tracking.uri: {without_password(uri)}\n"
-               f"or, for programs that ask MLflow over HTTP, {mlflow.address} with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n"
-               "Ctrl-C stops both")  # fmt: skip
+    typer.echo(
+        f"Prefect  {prefect.address}   its page asks once for {known}\n"
+        f"MLflow   {mlflow.address}   the user is {user}, the password what follows the colon\n\n"
+        "what is started in another terminal shows there with\n"
+        f"  export PREFECT_API_URL={prefect.address}/api\n"
+        f'  export PREFECT_API_AUTH_STRING="{place}"\n'
+        f"  tracking.uri: {without_password(uri)}\n"
+        f"or, for programs that ask MLflow over HTTP, {mlflow.address} with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n"
+        "Ctrl-C stops both"
+    )
     sys.stdout.flush()
 
 

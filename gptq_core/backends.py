@@ -49,8 +49,10 @@ class Layer:
         return cls(config.bits, size, config.desc_act and size != -1, config.sym, in_features, out_features)
 
     def __str__(self) -> str:
-        return (f"{self.bits} bits, group_size {self.group_size}, desc_act {self.desc_act}, sym {self.sym}, "
-                f"{self.in_features} x {self.out_features}")  # fmt: skip
+        return (
+            f"{self.bits} bits, group_size {self.group_size}, desc_act {self.desc_act}, sym {self.sym}, "
+            f"{self.in_features} x {self.out_features}"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,10 @@ def choose(
     for layer in layers:
         if reason := _against(kernel, layer, device, ready=True):
             others = [other for other in KERNELS if other != name and _takes(other, layers, device, dtype, own)]
-            raise InputError(f"backend = {backend!r}: {reason} (a layer of {layer}; {_bare(kernel.dtype)} on {device}); "
-                             f"the checkpoint and the device allow {', '.join(['torch', *others])}")  # fmt: skip
+            raise InputError(
+                f"backend = {backend!r}: {reason} (a layer of {layer}; {_bare(kernel.dtype)} on {device}); "
+                f"the checkpoint and the device allow {', '.join(['torch', *others])}"
+            )
     return kernel
 
 
@@ -133,12 +137,27 @@ def _converted(name: str, packed: nn.Module, kernel: Kernel) -> nn.Module:
     layer = _layer(name, packed.qweight.shape, packed.scales.shape, packed.qzeros, packed.g_idx, packed.format)
     zeros = unpack_zeros(packed.qzeros, packed.bits, packed.format)
     made = kernel.linear(
-        bits=layer.bits, group_size=layer.group_size, desc_act=layer.desc_act, sym=layer.sym, in_features=layer.in_features,
-        out_features=layer.out_features, bias=packed.bias is not None, pack_dtype=torch.int32, dtype=kernel.dtype, adapter=None,
-        backend=BACKEND(kernel.name), format=FORMAT.GPTQ, name=name, register_buffers=True,
-    )  # fmt: skip
-    tensors = {"qweight": packed.qweight, "qzeros": pack_zeros(zeros, packed.bits, "gptq_v2"), "scales": packed.scales.to(kernel.dtype),
-               "g_idx": packed.g_idx % packed.scales.shape[0]}  # fmt: skip
+        bits=layer.bits,
+        group_size=layer.group_size,
+        desc_act=layer.desc_act,
+        sym=layer.sym,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        bias=packed.bias is not None,
+        pack_dtype=torch.int32,
+        dtype=kernel.dtype,
+        adapter=None,
+        backend=BACKEND(kernel.name),
+        format=FORMAT.GPTQ,
+        name=name,
+        register_buffers=True,
+    )
+    tensors = {
+        "qweight": packed.qweight,
+        "qzeros": pack_zeros(zeros, packed.bits, "gptq_v2"),
+        "scales": packed.scales.to(kernel.dtype),
+        "g_idx": packed.g_idx % packed.scales.shape[0],
+    }
     if packed.bias is not None:
         tensors["bias"] = packed.bias.data.to(kernel.dtype)
     unexpected = made.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
@@ -172,8 +191,10 @@ def _kernel(name: str, backend: str | None = None) -> type[nn.Module]:
 
             return get_kernel_for_backend(BACKEND(name), METHOD.GPTQ, FORMAT.GPTQ)
     except (ImportError, ValueError) as error:
-        raise InputError(f"backend = {(backend or name)!r}: needs the package gptqmodel, 7.7 or newer ({error}); {REMEDY}, "
-                         "or leave backend out to run in plain torch") from error  # fmt: skip
+        raise InputError(
+            f"backend = {(backend or name)!r}: needs the package gptqmodel, 7.7 or newer ({error}); {REMEDY}, "
+            "or leave backend out to run in plain torch"
+        ) from error
 
 
 def _dtype(kernel: type[nn.Module], device: torch.device, own: torch.dtype | None) -> torch.dtype:

@@ -28,9 +28,17 @@ Format = Literal["gptq", "gptq_v2"]
 
 
 KERNELS = (
-    "gptq_torch", "gptq_torch_fused", "gptq_torch_int8", "gptq_torch_aten", "gptq_torch_cpu_avx512", "gptq_triton",
-    "gptq_exllama_v2", "gptq_machete", "gptq_swordfish", "gptq_marlin",
-)  # fmt: skip
+    "gptq_torch",
+    "gptq_torch_fused",
+    "gptq_torch_int8",
+    "gptq_torch_aten",
+    "gptq_torch_cpu_avx512",
+    "gptq_triton",
+    "gptq_exllama_v2",
+    "gptq_machete",
+    "gptq_swordfish",
+    "gptq_marlin",
+)
 """GPTQModel's kernels that can run a checkpoint, by their names there."""
 
 
@@ -96,8 +104,17 @@ RECIPES: dict[Any, dict[str, Any]] = {"classic": {}, "tuned": TUNED, "best": BES
 
 
 RULE_KEYS = (
-    "bits", "group_size", "sym", "damp_percent", "desc_act", "act_group_aware", "static_groups", "scale_search", "refit", "descent",
-)  # fmt: skip
+    "bits",
+    "group_size",
+    "sym",
+    "damp_percent",
+    "desc_act",
+    "act_group_aware",
+    "static_groups",
+    "scale_search",
+    "refit",
+    "descent",
+)
 """What a rule of `dynamic` may set for the linears that it matches."""
 
 

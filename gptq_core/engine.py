@@ -135,11 +135,15 @@ class Quantization:
         model_config = architecture.load_config(source.folder)
         vocabulary = model_config.get_text_config(decoder=True).vocab_size
         if (largest := int(windows.tokens.max())) >= vocabulary or int(windows.tokens.min()) < 0:
-            raise InputError(f"token id {largest} in the calibration windows: the model's vocabulary ends at {vocabulary - 1}; "
-                             "use the model's own tokenizer")  # fmt: skip
+            raise InputError(
+                f"token id {largest} in the calibration windows: the model's vocabulary ends at {vocabulary - 1}; "
+                "use the model's own tokenizer"
+            )
         if config.tuning_steps and windows.count < 2:
-            raise InputError(f"quantization.tuning_steps = {config.tuning_steps}: one calibration window cannot both drive and judge "
-                             "the tuning; give calibration.samples of 2 or more")  # fmt: skip
+            raise InputError(
+                f"quantization.tuning_steps = {config.tuning_steps}: one calibration window cannot both drive and judge "
+                "the tuning; give calibration.samples of 2 or more"
+            )
         return cls(source, model_config, config, windows, target, architecture.choose_dtype(dtype, model_config, target))
 
     def kernel(self, dtype: torch.dtype | None = None) -> backends.Kernel | None:
@@ -180,11 +184,16 @@ class Quantization:
             "model_sha256": model_sha256,
             "tokens_sha256": self.windows.digest,
             "versions": {
-                "gptq_core": format.code_version(), "code_sha256": code_sha256(), "torch": torch.__version__,
-                "transformers": transformers.__version__, "dtype": str(self.dtype).removeprefix("torch."),
-                "device": self.device.type, "machine": platform.machine(), "kernels": dispatch.implementation(self.device, self.dtype),
+                "gptq_core": format.code_version(),
+                "code_sha256": code_sha256(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "device": self.device.type,
+                "machine": platform.machine(),
+                "kernels": dispatch.implementation(self.device, self.dtype),
             },
-        }  # fmt: skip
+        }
 
     def _text(self) -> dict[str, Any]:
         """Where the calibration tokens came from, for the record: the same tokens by another name are the same work."""
@@ -200,8 +209,10 @@ class Quantization:
     def capture(self) -> dict[str, Any]:
         """Run the model up to its first block on every calibration batch. Also the way back to the start after a failure."""
         if self.config.allocate:
-            raise InputError("quantization.allocate: the widths are not chosen yet; quantize with what "
-                             "allocate(model, config, windows).apply(config) returns")  # fmt: skip
+            raise InputError(
+                "quantization.allocate: the widths are not chosen yet; quantize with what "
+                "allocate(model, config, windows).apply(config) returns"
+            )
         self._position = -1
         if hasattr(self, "output"):
             self.output.settle()
@@ -315,9 +326,17 @@ class Quantization:
         inputs = list(self._hidden) if tuned else []
         with self.timed("forward"):
             walk.walk(
-                block, wanted, groups, self._hidden, self._calls[index], solve, self.config.true_sequential,
-                original=original, timed=self.timed, once=not tuned,
-            )  # fmt: skip
+                block,
+                wanted,
+                groups,
+                self._hidden,
+                self._calls[index],
+                solve,
+                self.config.true_sequential,
+                original=original,
+                timed=self.timed,
+                once=not tuned,
+            )
         tuning = None
         if tuned:
             with self.timed("tuning"):

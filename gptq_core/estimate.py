@@ -207,8 +207,10 @@ class _Costs:
         hidden = self.tokens * self.hidden * self.dtype.itemsize
         stream = self.at_once * self.texts.seqlen * self.hidden * self.dtype.itemsize
         kept = hidden * self.streams
-        found = {"capture": self.before * self.dtype.itemsize + self.block * self.dtype.itemsize + hidden + 4 * stream,
-                 "walk": kept + max(self._walk(kind, hidden) for kind in self.kinds)}  # fmt: skip
+        found = {
+            "capture": self.before * self.dtype.itemsize + self.block * self.dtype.itemsize + hidden + 4 * stream,
+            "walk": kept + max(self._walk(kind, hidden) for kind in self.kinds),
+        }
         if self.config.tuning_steps:
             found["tuning"] = kept + hidden + self._tuning(hidden)
         if heads := self._heads():
@@ -286,8 +288,14 @@ class _Costs:
         found = self.found.selection
         rows: dict[str, int] = {}
         for name in names:
-            layer = next((found.layers.get(f"{found.prefix}.{index}.{name}") for index in range(found.blocks)
-                          if f"{found.prefix}.{index}.{name}" in found.layers), None)  # fmt: skip
+            layer = next(
+                (
+                    found.layers.get(f"{found.prefix}.{index}.{name}")
+                    for index in range(found.blocks)
+                    if f"{found.prefix}.{index}.{name}" in found.layers
+                ),
+                None,
+            )
             if layer:
                 rows[str(layer.config)] = rows.get(str(layer.config), 0) + layer.out_features
         return max(rows.values(), default=0)

@@ -167,8 +167,10 @@ def _originals(model_path: str, windows: Windows, device: str, revision: str | N
 def _stored(path: Path, windows: Windows) -> Iterator[Tensor]:
     kept = np.load(path, mmap_mode="r", allow_pickle=False)
     if kept.shape[:2] != (windows.count, windows.seqlen - 1):
-        raise InputError(f"{path} holds {kept.shape[0]} × {kept.shape[1]} positions (must be {windows.count} × {windows.seqlen - 1}, "
-                         "those of the windows): remove it")  # fmt: skip
+        raise InputError(
+            f"{path} holds {kept.shape[0]} × {kept.shape[1]} positions (must be {windows.count} × {windows.seqlen - 1}, "
+            "those of the windows): remove it"
+        )
     at_once, positions = pieces(kept.shape[2], windows.seqlen)
     for first in range(0, windows.count, at_once):
         for start in range(0, windows.seqlen - 1, positions):

@@ -46,11 +46,7 @@ class QuantizedLinear(nn.Module):
 
 
 def load_quantized(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | int | torch.device | None = None,
-    backend: str | None = None,
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | int | torch.device | None = None, backend: str | None = None
 ) -> PreTrainedModel:
     """A transformers model whose quantized linears run from the packed tensors.
 
@@ -119,6 +115,8 @@ def _packed_linear(source: Checkpoint, locate, name: str, quantization: dict, li
     if g_idx is None:
         g_idx = torch.arange(linear.in_features, dtype=torch.int32, device=device) // (linear.in_features // scales.shape[0])
     if bits not in (2, 3, 4, 8) or qweight.shape[1] != linear.out_features or g_idx.numel() != linear.in_features:
-        raise CorruptCheckpointError(f"{name}: qweight {tuple(qweight.shape)} and g_idx {tuple(g_idx.shape)} do not fit a linear "
-                                     f"of {linear.in_features} inputs and {linear.out_features} outputs")  # fmt: skip
+        raise CorruptCheckpointError(
+            f"{name}: qweight {tuple(qweight.shape)} and g_idx {tuple(g_idx.shape)} do not fit a linear "
+            f"of {linear.in_features} inputs and {linear.out_features} outputs"
+        )
     return QuantizedLinear(qweight, qzeros, scales, g_idx, read("bias"), bits, layout(quantization))

@@ -68,11 +68,11 @@ ANY_BITS, EITHER = (2, 3, 4, 8), (True, False)
 
 CONSUMERS = (
     #        name            version   bits      sym      groups  desc_act rules  head   asymmetric v1
-    Consumer("vLLM",         "0.33",   (4, 8),   (True,), MARLIN, False,   True,  True,  False, fuses=True, vocabulary=64),
-    Consumer("SGLang",       "0.5.23", (4, 8),   (True,), MARLIN, True,    True,  True,  False, fuses=True, tiles=True, vocabulary=64),
-    Consumer("transformers", "5.23",   ANY_BITS, EITHER,  TORCH,  True,    False, False, True),
-    Consumer("GPTQModel",    "7.7",    ANY_BITS, EITHER,  TORCH,  True,    True,  True,  False),
-)  # fmt: skip
+    Consumer("vLLM", "0.33", (4, 8), (True,), MARLIN, False, True, True, False, fuses=True, vocabulary=64),
+    Consumer("SGLang", "0.5.23", (4, 8), (True,), MARLIN, True, True, True, False, fuses=True, tiles=True, vocabulary=64),
+    Consumer("transformers", "5.23", ANY_BITS, EITHER, TORCH, True, False, False, True),
+    Consumer("GPTQModel", "7.7", ANY_BITS, EITHER, TORCH, True, True, True, False),
+)
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,15 @@ PRESUMED = "config.json only: shapes are the model's own, and sizes assume the d
 BYTES_A_NAME, BYTES_A_LAYER = 90, 420
 """Of a tensor in the index and in the manifest, and of a layer's report."""
 SAFETENSORS = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 Header = tuple[str, tuple[int, ...]]
 """(dtype as safetensors spells it, shape)."""

@@ -41,9 +41,22 @@ SAMPLES = 128
 LONGEST_WINDOW = 2048
 """Default of model_seqlen where the model allows more, as in the paper: 128k tokens a window would not fit most machines."""
 KEYS_PASSED_OVER = {
-    "quant_method", "method", "checkpoint_format", "pack_dtype", "lm_head", "tokenizer", "max_input_length", "use_cuda_fp16", "use_exllama",
-    "disable_exllama", "exllama_config", "damp_auto_increment", "model_name_or_path", "model_file_base_name", "is_marlin_format",
-}  # fmt: skip
+    "quant_method",
+    "method",
+    "checkpoint_format",
+    "pack_dtype",
+    "lm_head",
+    "tokenizer",
+    "max_input_length",
+    "use_cuda_fp16",
+    "use_exllama",
+    "disable_exllama",
+    "exllama_config",
+    "damp_auto_increment",
+    "model_name_or_path",
+    "model_file_base_name",
+    "is_marlin_format",
+}
 """Keys of a written quantization_config and of transformers' GPTQConfig that the constructor does not take and that change no result."""
 KEYS_IN_META = ("damp_percent", "act_group_aware", "static_groups", "true_sequential")
 """Options that GPTQModel writes under meta."""
@@ -106,9 +119,18 @@ class GPTQQuantizer:
         backend: str | None = None,
         recipe: str = "classic",
     ) -> None:
-        fields = dict(recipe=recipe, bits=bits, group_size=group_size, damp_percent=damp_percent, desc_act=desc_act, sym=sym,
-                      true_sequential=true_sequential, modules_in_block_to_quantize=modules_in_block_to_quantize,
-                      format=format, backend=backend)  # fmt: skip
+        fields = dict(
+            recipe=recipe,
+            bits=bits,
+            group_size=group_size,
+            damp_percent=damp_percent,
+            desc_act=desc_act,
+            sym=sym,
+            true_sequential=true_sequential,
+            modules_in_block_to_quantize=modules_in_block_to_quantize,
+            format=format,
+            backend=backend,
+        )
         if not (desc_act and act_group_aware):
             # Optimum's default for both is a pair that excludes itself: there, as here, desc_act wins
             fields["act_group_aware"] = act_group_aware
@@ -137,8 +159,10 @@ class GPTQQuantizer:
         if config_dict.get("lm_head"):
             raise InputError("lm_head = true: this class leaves the head alone; use QuantizeConfig(lm_head=True) with Quantization")
         if not _said_by_modules(config_dict):
-            raise InputError(f"dynamic = {_short(config_dict['dynamic'])}: this class has no rules for single linears; "
-                             "use QuantizeConfig(dynamic=...) with Quantization, or leave it out")  # fmt: skip
+            raise InputError(
+                f"dynamic = {_short(config_dict['dynamic'])}: this class has no rules for single linears; "
+                "use QuantizeConfig(dynamic=...) with Quantization, or leave it out"
+            )
         meta = dict(config_dict.get("meta") or {})
         fields = {key: meta[key] for key in KEYS_IN_META if meta.get(key) is not None} | config_dict
         fields = {key: value for key, value in fields.items() if key not in KEYS_PASSED_OVER | {"dynamic", "meta"} and value is not None}
@@ -202,11 +226,15 @@ class GPTQQuantizer:
             raise InputError("safe_serialization = False: only safetensors are written; leave it out")
         work = self._work.get(model) if isinstance(model, nn.Module) else None
         if work is None:
-            raise InputError(f"model = {type(model).__name__}: nothing to save, this quantizer has not quantized this model; "
-                             "call its quantize_model first, and save the model that it returned")  # fmt: skip
+            raise InputError(
+                f"model = {type(model).__name__}: nothing to save, this quantizer has not quantized this model; "
+                "call its quantize_model first, and save the model that it returned"
+            )
         if (name := work.changed(model)) is not None:
-            raise InputError(f"model = {type(model).__name__}: {name} is not as quantize_model left it, and only that can be saved; "
-                             "save before changing the model, or quantize the original again")  # fmt: skip
+            raise InputError(
+                f"model = {type(model).__name__}: {name} is not as quantize_model left it, and only that can be saved; "
+                "save before changing the model, or quantize the original again"
+            )
         target = Path(save_dir)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -321,8 +349,10 @@ def _ids(example: Any, index: int) -> list[int]:
         reason = "not a row of whole numbers"
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-    raise InputError(f"dataset[{index}] = {_short(example)}: not a tokenized example ({reason}); {DATASET}, each a dict with input_ids "
-                     "or a row of token ids")  # fmt: skip
+    raise InputError(
+        f"dataset[{index}] = {_short(example)}: not a tokenized example ({reason}); {DATASET}, each a dict with input_ids "
+        "or a row of token ids"
+    )
 
 
 def _short(value: Any) -> str:

@@ -125,8 +125,10 @@ def screen(
     with _Cells.look(folder, cells[0].config, calibration, revision=None, dtype=dtype, device=device) as run:
         vocabulary = run.decoder.model.config.get_text_config(decoder=True).vocab_size
         if (largest := int(heldout.tokens.max())) >= vocabulary or int(heldout.tokens.min()) < 0:
-            raise InputError(f"token id {largest} in the held-out windows: the model's vocabulary ends at {vocabulary - 1}; "
-                             "use the model's own tokenizer")  # fmt: skip
+            raise InputError(
+                f"token id {largest} in the held-out windows: the model's vocabulary ends at {vocabulary - 1}; "
+                "use the model's own tokenizer"
+            )
         run.judge(cells, heldout, on_block or (lambda done, total: None))
     return {cell.name: cell.result() for cell in cells}
 

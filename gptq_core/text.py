@@ -33,11 +33,14 @@ class HubText:
 HUB = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
     "c4": HubText(
-        "allenai/c4", None, "train", "validation",
+        "allenai/c4",
+        None,
+        "train",
+        "validation",
         {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         evaluation_documents=1100,
     ),
-}  # fmt: skip
+}
 HUB["c4-new"] = HUB["c4"]  # Optimum's second name for the same files
 
 
@@ -113,7 +116,9 @@ def _from_hub(name: str, evaluation: bool) -> Iterator[str]:
         )
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"dataset {name!r} ({where.repository}) cannot be read from the hub or its cache: {reason}; "
-                         "give a local .txt, .jsonl or .parquet file instead") from error  # fmt: skip
+        raise InputError(
+            f"dataset {name!r} ({where.repository}) cannot be read from the hub or its cache: {reason}; "
+            "give a local .txt, .jsonl or .parquet file instead"
+        ) from error
     for row in islice(rows, where.evaluation_documents if evaluation else None):
         yield row[TEXT_COLUMN]

@@ -23,8 +23,13 @@ def allocate(config: RunConfig, windows_file: str, progress: Progress) -> dict[s
     started = time.perf_counter()
     windows = Windows.load(windows_file)
     chosen = allocation.allocate(
-        config.model.path, config.quantization, windows, device=config.model.device, dtype=config.model.dtype,
-        revision=config.model.revision, progress=progress.call,
+        config.model.path,
+        config.quantization,
+        windows,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        progress=progress.call,
     )
     record = {"key": request_key(config, windows), "seconds": time.perf_counter() - started, "shares": chosen.shares, **chosen.record()}
     path = allocation_file(config)

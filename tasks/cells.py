@@ -97,8 +97,9 @@ def _examine_screening(cell: Cell, screened: dict[str, Any]) -> State:
         prepared, model = prepare(cell.config), cell.config.model
         if cell.config.quantization.allocate:
             raise InputError("quantization.allocate: widths are chosen for a run of its own; set mode: exact")
-        key = allocation.key(model.path, cell.config.quantization, prepared.calibration, device=model.device, dtype=model.dtype,
-                             revision=model.revision)
+        key = allocation.key(
+            model.path, cell.config.quantization, prepared.calibration, device=model.device, dtype=model.dtype, revision=model.revision
+        )
     except InputError as error:
         return State(cell, "invalid", str(error))
     key = hashlib.sha256(f"{key} {prepared.evaluation.digest}".encode()).hexdigest()
@@ -174,11 +175,18 @@ def jobs(config: SweepConfig, missing: list[State], threads: int, originals: dic
     found = {}
     for state in missing:
         prepared, folder = prepare(state.config), records.beside(state.config.out, ".work")
-        data = {"calibration": save(prepared.calibration, folder, "calibration"),
-                "evaluation": save(prepared.evaluation, folder, "evaluation"), "overlap": overlap_record(prepared),
-                "notes": list(prepared.notes), "seconds": 0.0}
-        found[state.cell.name] = common | {"config": state.config.model_dump(mode="json"), "data": data,
-                                           "original": originals.get(_original_key(state.config, prepared))}
+        data = {
+            "calibration": save(prepared.calibration, folder, "calibration"),
+            "evaluation": save(prepared.evaluation, folder, "evaluation"),
+            "overlap": overlap_record(prepared),
+            "notes": list(prepared.notes),
+            "seconds": 0.0,
+        }
+        found[state.cell.name] = common | {
+            "config": state.config.model_dump(mode="json"),
+            "data": data,
+            "original": originals.get(_original_key(state.config, prepared)),
+        }
     return found
 
 
@@ -188,11 +196,19 @@ def screening_jobs(config: SweepConfig, missing: list[State], threads: int) -> l
     for state in missing:
         prepared, model = prepare(state.config), state.config.model
         digests = [prepared.calibration.digest, prepared.evaluation.digest]
-        job = found.setdefault(json.dumps([model.model_dump(), digests]), {
-            "kind": "screening", "threads": threads, "memory_gb": config.limits.memory_gb, "model": model.model_dump(), "cells": {},
-            "known_sha256": dict(reader.known_sha256), "calibration": save(prepared.calibration, config.folder / "shared", "calibration"),
-            "evaluation": save(prepared.evaluation, config.folder / "shared", "evaluation"),
-        })
+        job = found.setdefault(
+            json.dumps([model.model_dump(), digests]),
+            {
+                "kind": "screening",
+                "threads": threads,
+                "memory_gb": config.limits.memory_gb,
+                "model": model.model_dump(),
+                "cells": {},
+                "known_sha256": dict(reader.known_sha256),
+                "calibration": save(prepared.calibration, config.folder / "shared", "calibration"),
+                "evaluation": save(prepared.evaluation, config.folder / "shared", "evaluation"),
+            },
+        )
         job["cells"][state.key] = state.config.quantization.model_dump(mode="json")
     return list(found.values())
 
@@ -210,10 +226,17 @@ def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tu
         if file.is_file():
             stored[key] = str(file)
         elif len(states) > 1 and size <= min(STORED_ORIGINAL, shutil.disk_usage(existing(config.folder)).free // 2):
-            found[key] = {"kind": "original", "threads": threads, "memory_gb": config.limits.memory_gb, "model": model.path,
-                          "revision": model.revision, "device": model.device, "file": str(file),
-                          "windows": save(windows, file.parent, "evaluation")["file"],
-                          "config": states[0].config.model_dump(mode="json") if states[0].config.evaluation.measures else None}
+            found[key] = {
+                "kind": "original",
+                "threads": threads,
+                "memory_gb": config.limits.memory_gb,
+                "model": model.path,
+                "revision": model.revision,
+                "device": model.device,
+                "file": str(file),
+                "windows": save(windows, file.parent, "evaluation")["file"],
+                "config": states[0].config.model_dump(mode="json") if states[0].config.evaluation.measures else None,
+            }
     return found, stored
 
 
@@ -245,10 +268,26 @@ def after(state: State, outcome: Outcome) -> State:
 
 def row(state: State) -> dict[str, Any]:
     """What the table, the front and MLflow tell of a cell."""
-    found = {"name": state.cell.name, "settings": state.cell.settings, "status": state.status, "error": state.error, "bytes": None,
-             "original_bytes": None, "bits_per_weight": None, "original_perplexity": None, "perplexity": None, "kl": None,
-             "agreement": None, "recovery": None, "seconds": None, "gate": None, "fallback_layers": None, "out": None,
-             "mlflow_run_id": None, "judged_on": None}
+    found = {
+        "name": state.cell.name,
+        "settings": state.cell.settings,
+        "status": state.status,
+        "error": state.error,
+        "bytes": None,
+        "original_bytes": None,
+        "bits_per_weight": None,
+        "original_perplexity": None,
+        "perplexity": None,
+        "kl": None,
+        "agreement": None,
+        "recovery": None,
+        "seconds": None,
+        "gate": None,
+        "fallback_layers": None,
+        "out": None,
+        "mlflow_run_id": None,
+        "judged_on": None,
+    }
     record = state.record
     if state.status != "done":
         return found
@@ -262,10 +301,16 @@ def row(state: State) -> dict[str, Any]:
         found |= {"out": str(state.config.out), "mlflow_run_id": (record.get("mlflow") or {}).get("run_id")}
     evaluation, assembly, gate = record["evaluation"], record["assembly"], state.config.gate
     return found | {
-        "bytes": assembly["bytes"], "original_bytes": assembly.get("original_bytes"), "bits_per_weight": assembly["bits_per_weight"],
-        "original_perplexity": evaluation["original_perplexity"], "perplexity": evaluation["quantized_perplexity"],
-        "kl": evaluation["kl"], "agreement": evaluation["top1_agreement"], "recovery": evaluation.get("recovery"),
-        "seconds": record["seconds"], "fallback_layers": measured(record)["fallback_layers"],
+        "bytes": assembly["bytes"],
+        "original_bytes": assembly.get("original_bytes"),
+        "bits_per_weight": assembly["bits_per_weight"],
+        "original_perplexity": evaluation["original_perplexity"],
+        "perplexity": evaluation["quantized_perplexity"],
+        "kl": evaluation["kl"],
+        "agreement": evaluation["top1_agreement"],
+        "recovery": evaluation.get("recovery"),
+        "seconds": record["seconds"],
+        "fallback_layers": measured(record)["fallback_layers"],
         "gate": None if gate is None else "passed" if judge(gate, record)["passed"] else "failed",
     }
 
@@ -274,8 +319,13 @@ def opening(config: SweepConfig) -> dict[str, Any]:
     """What names a sweep before any cell is computed: its run in MLflow is made from it."""
     names = dict.fromkeys(model_name(cell.config.model.path) for cell in config.expanded() if cell.config)
     name, started = sweep_id(config), (config.folder / "shared" / "id").stat().st_mtime
-    return {"id": name, "folder": str(config.folder), "mode": config.mode, "started_ms": int(started * 1000),
-            "model": next(iter(names)) if len(names) == 1 else f"{len(names)} models"}
+    return {
+        "id": name,
+        "folder": str(config.folder),
+        "mode": config.mode,
+        "started_ms": int(started * 1000),
+        "model": next(iter(names)) if len(names) == 1 else f"{len(names)} models",
+    }
 
 
 def result(config: SweepConfig, states: list[State], computed: list[str], started: float) -> dict[str, Any]:
@@ -284,12 +334,22 @@ def result(config: SweepConfig, states: list[State], computed: list[str], starte
     measure = choice.measure if any(r["kl"] is not None for r in rows) else "perplexity"
     gated = any(state.cell.config and state.cell.config.gate for state in states)
     return {
-        **opening(config), "config": config.model_dump(mode="json"), "source": records.source(), "machine": records.machine(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": time.perf_counter() - started, "computed": computed,
-        "measure": measure, "cells": rows, "front": front(rows, measure),
-        "recommended": recommend(rows, rule=choice.rule, measure=measure, max_gb=choice.max_gb, gated=gated,
-                                 max_increase=choice.max_perplexity_increase),
-        "registry": None, "mlflow": None, "notified": None,
+        **opening(config),
+        "config": config.model_dump(mode="json"),
+        "source": records.source(),
+        "machine": records.machine(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": time.perf_counter() - started,
+        "computed": computed,
+        "measure": measure,
+        "cells": rows,
+        "front": front(rows, measure),
+        "recommended": recommend(
+            rows, rule=choice.rule, measure=measure, max_gb=choice.max_gb, gated=gated, max_increase=choice.max_perplexity_increase
+        ),
+        "registry": None,
+        "mlflow": None,
+        "notified": None,
     }
 
 
@@ -321,8 +381,10 @@ def objection(found: dict[str, Any]) -> str | None:
     """Why a sweep is not a success, in one line: cells failed, or none can be recommended."""
     wrong = [row for row in found["cells"] if row["status"] != "done"]
     if wrong:
-        return (f"{len(wrong)} of {len(found['cells'])} cells failed ({wrong[0]['name']}: {wrong[0]['error']}): the same command does what "
-                "is missing, once the reasons are gone")
+        return (
+            f"{len(wrong)} of {len(found['cells'])} cells failed ({wrong[0]['name']}: {wrong[0]['error']}): the same command does what "
+            "is missing, once the reasons are gone"
+        )
     choice = found["recommended"]
     return None if choice["name"] else f"all cells are complete and none can be recommended ({choice['rule']}: {choice['reason']})"
 
@@ -334,8 +396,11 @@ def happened(found: dict[str, Any]) -> list[str]:
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """A finished sweep as its hooks get it: the same while nothing changes."""
-    return {"events": happened(found), **{key: found[key] for key in ("id", "mode", "folder", "cells", "front", "recommended", "registry")},
-            "mlflow_run": (found["mlflow"] or {}).get("run_id")}  # fmt: skip
+    return {
+        "events": happened(found),
+        **{key: found[key] for key in ("id", "mode", "folder", "cells", "front", "recommended", "registry")},
+        "mlflow_run": (found["mlflow"] or {}).get("run_id"),
+    }
 
 
 def sweep_id(config: SweepConfig) -> str:

@@ -230,11 +230,14 @@ class RunConfig(Schema):
         gate = self.gate
         if gate and not self.evaluation.kl and (gate.max_kl is not None or gate.measure == "kl"):
             key = f"max_kl = {gate.max_kl:g}" if gate.max_kl is not None else "measure = 'kl'"
-            raise ValueError(f"gate.{key} needs the KL: set evaluation.kl: true, or use max_perplexity_increase and "
-                             "measure: perplexity_increase")
+            raise ValueError(
+                f"gate.{key} needs the KL: set evaluation.kl: true, or use max_perplexity_increase and measure: perplexity_increase"
+            )
         if gate and gate.min_recovery is not None and not self.evaluation.has_tasks:
-            raise ValueError(f"gate.min_recovery = {gate.min_recovery:g} needs the scores of tasks, and none are run: name some in "
-                             "evaluation.measures, such as [arc_easy], or use max_kl or max_perplexity_increase")
+            raise ValueError(
+                f"gate.min_recovery = {gate.min_recovery:g} needs the scores of tasks, and none are run: name some in "
+                "evaluation.measures, such as [arc_easy], or use max_kl or max_perplexity_increase"
+            )
         return self
 
     @model_validator(mode="after")
@@ -242,8 +245,10 @@ class RunConfig(Schema):
         if not self.quantization.dataset:
             raise ValueError("quantization.dataset is required: a text file (.txt, .jsonl, .parquet), wikitext2 or c4")
         if self.quantization.allocate and self.output.profile == "portable":
-            raise ValueError("output.profile = 'portable' excludes quantization.allocate: its widths stand in rules, which transformers "
-                             "does not read; set output.profile: mixed (with allocate.bits [4, 8] vLLM, SGLang and GPTQModel load it)")
+            raise ValueError(
+                "output.profile = 'portable' excludes quantization.allocate: its widths stand in rules, which transformers "
+                "does not read; set output.profile: mixed (with allocate.bits [4, 8] vLLM, SGLang and GPTQModel load it)"
+            )
         return self
 
     @property

@@ -37,8 +37,12 @@ def overlap_record(prepared: Prepared) -> dict[str, Any]:
     """What of the whole held-out text is calibrated on too, and of the calibration text held out, for the run record."""
     share, of_calibration = prepared.overlap
     windows = prepared.evaluation
-    return {"share": share, "calibration_share": of_calibration, "ngram": NGRAM,
-            "positions": windows.total_windows * max(0, windows.seqlen - NGRAM + 1)}
+    return {
+        "share": share,
+        "calibration_share": of_calibration,
+        "ngram": NGRAM,
+        "positions": windows.total_windows * max(0, windows.seqlen - NGRAM + 1),
+    }
 
 
 def save(windows: Windows, folder: Path, role: str) -> dict[str, Any]:
@@ -49,5 +53,11 @@ def save(windows: Windows, folder: Path, role: str) -> dict[str, Any]:
         draft = path.with_name(f".{os.getpid()}-{path.name}")
         windows.save(draft)
         draft.replace(path)
-    return {"file": str(path), "digest": windows.digest, "source": windows.source, "windows": windows.count,
-            "seqlen": windows.seqlen, "total_windows": windows.total_windows}
+    return {
+        "file": str(path),
+        "digest": windows.digest,
+        "source": windows.source,
+        "windows": windows.count,
+        "seqlen": windows.seqlen,
+        "total_windows": windows.total_windows,
+    }

@@ -32,8 +32,17 @@ def measure(config: RunConfig, progress: Progress) -> tuple[list[dict[str, Any]]
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
-def evaluate(checkpoint: str, windows_file: str, original: str | None, revision: str | None, device: str, kl: bool,
-             progress: Progress, backend: str | None = None, stored: str | None = None) -> dict[str, Any]:
+def evaluate(
+    checkpoint: str,
+    windows_file: str,
+    original: str | None,
+    revision: str | None,
+    device: str,
+    kl: bool,
+    progress: Progress,
+    backend: str | None = None,
+    stored: str | None = None,
+) -> dict[str, Any]:
     """The numbers of evaluate_pair, and seconds. Without an `original` only those that need none; the others are None.
 
     backend: who runs the checkpoint's linears, as in load_quantized. stored: the original's log-probabilities, as in evaluate_pair.
@@ -42,10 +51,33 @@ def evaluate(checkpoint: str, windows_file: str, original: str | None, revision:
     windows = Windows.load(windows_file)
     if original is None:
         alone = evaluate_one(checkpoint, windows, device=device, backend=backend, progress=progress.call)
-        numbers = {"original_perplexity": None, "quantized_perplexity": alone["perplexity"], "kl": None, "top1_agreement": None,
-                   "flips": None, "tokens": alone["tokens"], "windows": windows.count}
+        numbers = {
+            "original_perplexity": None,
+            "quantized_perplexity": alone["perplexity"],
+            "kl": None,
+            "top1_agreement": None,
+            "flips": None,
+            "tokens": alone["tokens"],
+            "windows": windows.count,
+        }
     else:
-        numbers = dict(evaluate_pair(original, checkpoint, windows, kl=kl, revision=revision, device=device, backend=backend,
-                                     stored=stored, progress=progress.call))
-    return {**numbers, "backend": backends.named(backend) or "torch", "digest": windows.digest, "seqlen": windows.seqlen,
-            "seconds": time.perf_counter() - started}
+        numbers = dict(
+            evaluate_pair(
+                original,
+                checkpoint,
+                windows,
+                kl=kl,
+                revision=revision,
+                device=device,
+                backend=backend,
+                stored=stored,
+                progress=progress.call,
+            )
+        )
+    return {
+        **numbers,
+        "backend": backends.named(backend) or "torch",
+        "digest": windows.digest,
+        "seqlen": windows.seqlen,
+        "seconds": time.perf_counter() - started,
+    }

@@ -61,24 +61,40 @@ def tags(config: RunConfig, record: dict[str, Any]) -> dict[str, str]:
     wanted, machine, cell = config.quantization, record["machine"], record.get("sweep") or {}
     device = record.get("device")
     known = {
-        "gptq.kind": "cell" if cell else "run", "gptq.mode": "exact", "gptq.key": record["key"], "gptq.checkpoint": str(config.out),
-        "gptq.model": model_name(config.model.path), "gptq.model_revision": config.model.revision,
-        "gptq.model_digest": record.get("model_digest"), "gptq.bits": "mixed" if wanted.allocate else str(wanted.bits),
-        "gptq.group_size": str(wanted.group_size), "gptq.recipe": wanted.recipe, "gptq.format": wanted.format,
-        "gptq.calibration": record["calibration_data"]["digest"], "gptq.evaluation": record["evaluation_data"]["digest"],
-        "gptq.evaluation_error": record["evaluation_error"], "gptq.sweep": cell.get("id"), "gptq.cell": cell.get("cell"),
-        "gptq.device": machine["gpu"] if device == "cuda" else device, "gptq.kernels": record.get("kernels"),
-        **_made_by(record), **gate_tags(record),
-    }  # fmt: skip
+        "gptq.kind": "cell" if cell else "run",
+        "gptq.mode": "exact",
+        "gptq.key": record["key"],
+        "gptq.checkpoint": str(config.out),
+        "gptq.model": model_name(config.model.path),
+        "gptq.model_revision": config.model.revision,
+        "gptq.model_digest": record.get("model_digest"),
+        "gptq.bits": "mixed" if wanted.allocate else str(wanted.bits),
+        "gptq.group_size": str(wanted.group_size),
+        "gptq.recipe": wanted.recipe,
+        "gptq.format": wanted.format,
+        "gptq.calibration": record["calibration_data"]["digest"],
+        "gptq.evaluation": record["evaluation_data"]["digest"],
+        "gptq.evaluation_error": record["evaluation_error"],
+        "gptq.sweep": cell.get("id"),
+        "gptq.cell": cell.get("cell"),
+        "gptq.device": machine["gpu"] if device == "cuda" else device,
+        "gptq.kernels": record.get("kernels"),
+        **_made_by(record),
+        **gate_tags(record),
+    }
     return {key: (value or "")[:LONGEST_TAG] for key, value in known.items()}
 
 
 def _made_by(record: dict[str, Any]) -> dict[str, str | None]:
     """The machine, the code and the Prefect run of a record or of a sweep.json."""
     source = record.get("source") or {}
-    return {"gptq.host": (record.get("machine") or {}).get("host"), "gptq.code_version": source.get("version"),
-            "mlflow.source.git.commit": source.get("git"), "prefect.flow_run_id": record.get("prefect_flow_run_id"),
-            "prefect.flow_run_url": record.get("prefect_flow_run_url")}  # fmt: skip
+    return {
+        "gptq.host": (record.get("machine") or {}).get("host"),
+        "gptq.code_version": source.get("version"),
+        "mlflow.source.git.commit": source.get("git"),
+        "prefect.flow_run_id": record.get("prefect_flow_run_id"),
+        "prefect.flow_run_url": record.get("prefect_flow_run_url"),
+    }
 
 
 def gate_tags(record: dict[str, Any]) -> dict[str, str]:
@@ -136,8 +152,12 @@ def _measures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _system(record: dict[str, Any]) -> list[Row]:
     found = record.get("system") or {"times_ms": [], "metrics": {}}
-    return [(f"system/{safe(name)}", float(value), when, step) for name, values in found["metrics"].items()
-            for step, (when, value) in enumerate(zip(found["times_ms"], values, strict=True)) if value is not None]
+    return [
+        (f"system/{safe(name)}", float(value), when, step)
+        for name, values in found["metrics"].items()
+        for step, (when, value) in enumerate(zip(found["times_ms"], values, strict=True))
+        if value is not None
+    ]
 
 
 # -- sweeps ---------------------------------------------------------------------------------------------------------------

@@ -47,8 +47,14 @@ def front(found: dict[str, Any]):  # noqa: ANN201 - matplotlib is imported lazil
     axes.step([row["bytes"] / 1e6 for row in on], [row[measure] for row in on], where="post", marker="o", color="#4477aa", label="front")
     for row in cells:
         chosen = row["name"] == found["recommended"]["name"]
-        axes.annotate(row["name"], (row["bytes"] / 1e6, row[measure]), xytext=(4, 4), textcoords="offset points", fontsize=7,
-                      fontweight="bold" if chosen else "normal")
+        axes.annotate(
+            row["name"],
+            (row["bytes"] / 1e6, row[measure]),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=7,
+            fontweight="bold" if chosen else "normal",
+        )
         if chosen:
             axes.scatter([row["bytes"] / 1e6], [row[measure]], marker="*", s=160, color="#cc3311", label="recommended", zorder=3)
     if cells and all(row[measure] > 0 for row in cells):

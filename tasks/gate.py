@@ -57,8 +57,10 @@ def demand(config: RunConfig, record: dict[str, Any]) -> None:
     """Raise GateFailedError where the record's gate failed."""
     reasons = failed(record.get("gate"))
     if reasons:
-        raise GateFailedError(f"gate failed ({reasons}): the checkpoint {config.out} is kept and not registered; "
-                              "ease the gate, or quantize to more bits or with a better recipe")
+        raise GateFailedError(
+            f"gate failed ({reasons}): the checkpoint {config.out} is kept and not registered; "
+            "ease the gate, or quantize to more bits or with a better recipe"
+        )
 
 
 def _check(limit: str, bound: float, value: float | None) -> dict[str, Any]:

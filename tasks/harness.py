@@ -41,8 +41,11 @@ def perplexity(mean: float) -> float:
 
 
 WEIGHTED: dict[str, Callable[[float], float]] = {
-    "perplexity": perplexity, "word_perplexity": perplexity, "byte_perplexity": perplexity,
-    "bits_per_byte": lambda mean: -mean / math.log(2)}  # fmt: skip
+    "perplexity": perplexity,
+    "word_perplexity": perplexity,
+    "byte_perplexity": perplexity,
+    "bits_per_byte": lambda mean: -mean / math.log(2),
+}
 """Metrics whose samples are log-likelihoods, or pairs of one and its weight, and what their (weighted) mean becomes."""
 
 
@@ -62,8 +65,10 @@ def find_tasks(measure: TasksMeasure) -> Any:
         entry = manager.task_index.get(task)
         if entry is None:
             where = f" and {measure.include} has none{_broken(folder)}" if folder else ""
-            raise InputError(f"evaluation.measures: task {task!r} is not known: lm-eval has no such task or group{where}; "
-                             "`lm-eval ls tasks` lists its own")  # fmt: skip
+            raise InputError(
+                f"evaluation.measures: task {task!r} is not known: lm-eval has no such task or group{where}; "
+                "`lm-eval ls tasks` lists its own"
+            )
         if entry.kind.name == "TAG":
             raise InputError(f"evaluation.measures: {task!r} is a tag of several tasks; name them: {', '.join(sorted(entry.tags))}")
     _require_data(manager, measure.tasks)
@@ -98,8 +103,10 @@ def _require_data(manager: Any, names: list[Any]) -> None:
         entry = manager.task_index.get(name if isinstance(name, str) else name.get("task"))
         for file in _named(entry) if entry else []:
             if "://" not in file and not glob.has_magic(file) and not Path(file).exists():
-                raise InputError(f"evaluation.measures: task {entry.name!r} names the data file {file!r}, which is not there: "
-                                 "put it beside the task's YAML, or give its whole path")  # fmt: skip
+                raise InputError(
+                    f"evaluation.measures: task {entry.name!r} names the data file {file!r}, which is not there: "
+                    "put it beside the task's YAML, or give its whole path"
+                )
         if entry and isinstance((entry.cfg or {}).get("task"), list):
             _require_data(manager, entry.cfg["task"])
 
@@ -197,9 +204,17 @@ def score(model: Any, measure: TasksMeasure, manager: Any) -> tuple[Scores, dict
     try:
         with _quiet():
             found = lm_eval.simple_evaluate(
-                model, tasks=list(measure.tasks), num_fewshot=measure.num_fewshot, limit=measure.limit, task_manager=manager,
-                bootstrap_iters=0, random_seed=measure.seed, numpy_random_seed=measure.seed, torch_random_seed=measure.seed,
-                fewshot_random_seed=measure.seed)  # fmt: skip
+                model,
+                tasks=list(measure.tasks),
+                num_fewshot=measure.num_fewshot,
+                limit=measure.limit,
+                task_manager=manager,
+                bootstrap_iters=0,
+                random_seed=measure.seed,
+                numpy_random_seed=measure.seed,
+                torch_random_seed=measure.seed,
+                fewshot_random_seed=measure.seed,
+            )
     except (GPTQError, MemoryError, torch.OutOfMemoryError):
         raise
     # a task is somebody else's code: its template, its functions and the reader of its data end with whatever they like
@@ -237,8 +252,12 @@ def _scores(task: str, leaves: list[str], found: dict[str, Any]) -> dict[str, di
                 value = float(own) if told else known
                 # a median, an F1 or a mean of means is not made up of its questions: then they say nothing about its noise
                 fits = known is not None and math.isclose(known, value, rel_tol=1e-6, abs_tol=1e-12)
-                scores[label] = {"value": value, "higher_is_better": bool(best_high), "samples": samples if fits else None,
-                                 "pooled": not told}
+                scores[label] = {
+                    "value": value,
+                    "higher_is_better": bool(best_high),
+                    "samples": samples if fits else None,
+                    "pooled": not told,
+                }
     return scores
 
 

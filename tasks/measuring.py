@@ -100,8 +100,12 @@ class _Judge:
         with harness.generators_kept():
             before = self.original(wanted)
             after = self._scored(wanted, str(self.config.out), None, self.config.evaluation_backend)
-        found = [_row(name, metric, wanted, before, after) for name, metrics in after["scores"].items() for metric in metrics
-                 if metric in before["scores"].get(name, {})]
+        found = [
+            _row(name, metric, wanted, before, after)
+            for name, metrics in after["scores"].items()
+            for metric in metrics
+            if metric in before["scores"].get(name, {})
+        ]
         for row in found:
             row |= {"sentence": sentence(row), "seconds": time.perf_counter() - started}
         return found
@@ -137,9 +141,18 @@ class _Judge:
             samples = [[-loss, tokens] for loss in window_losses(model, windows)]
             found = {"value": harness.aggregate("perplexity", samples), "higher_is_better": False, "samples": samples}
             return {"scores": {TEXT: {"perplexity": found}}}
-        model = self._model(f"tasks {wanted.batch_size}", path, lambda: harness.open_model(
-            path, revision=revision, device=self.config.model.device, backend=backend, runner=self.config.evaluation.runner,
-            batch_size=wanted.batch_size))  # fmt: skip
+        model = self._model(
+            f"tasks {wanted.batch_size}",
+            path,
+            lambda: harness.open_model(
+                path,
+                revision=revision,
+                device=self.config.model.device,
+                backend=backend,
+                runner=self.config.evaluation.runner,
+                batch_size=wanted.batch_size,
+            ),
+        )
         scores, told = harness.score(model, wanted, harness.find_tasks(wanted))
         return {"scores": scores, **told}
 
@@ -183,6 +196,14 @@ def _row(name: str, metric: str, wanted: PerplexityMeasure | TasksMeasure, befor
         limit = f", the first {wanted.limit} of each task" if wanted.limit else ""
         pooled = ", the questions of its tasks together" if new["pooled"] else ""
         protocol = f"lm-eval {after['version']}, {after['shots'][name]}-shot{limit}{pooled}"
-    return {"name": name, "kind": wanted.kind, "protocol": protocol, "metric": metric, "unit": unit, "higher_is_better": higher,
-            "original": old["value"], "quantized": new["value"],
-            **compare(old["value"], new["value"], both, higher, harness.curve_of(metric))}  # fmt: skip
+    return {
+        "name": name,
+        "kind": wanted.kind,
+        "protocol": protocol,
+        "metric": metric,
+        "unit": unit,
+        "higher_is_better": higher,
+        "original": old["value"],
+        "quantized": new["value"],
+        **compare(old["value"], new["value"], both, higher, harness.curve_of(metric)),
+    }

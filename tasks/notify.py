@@ -39,13 +39,25 @@ def summary(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
     """A finished run as its hooks get it: stable while nothing changes, and without secrets."""
     evaluation, assembly = record["evaluation"] or {}, record["assembly"]
     return {
-        "events": events(record), "name": config.out.name, "checkpoint": os.path.abspath(config.out), "key": record["key"],
-        "model": config.model.path, "revision": config.model.revision, "bits": config.quantization.bits,
-        "group_size": config.quantization.group_size, "bytes": assembly.get("bytes"), "original_bytes": assembly.get("original_bytes"),
-        "bits_per_weight": assembly.get("bits_per_weight"), "evaluation": {key: evaluation.get(key) for key in NUMBERS},
-        "evaluation_error": record["evaluation_error"], "gate": record.get("gate"), "registry": record.get("registry"),
-        "mlflow_run": (record["mlflow"] or {}).get("run_id"), "seconds": record["seconds"], "started": record["started"],
-    }  # fmt: skip
+        "events": events(record),
+        "name": config.out.name,
+        "checkpoint": os.path.abspath(config.out),
+        "key": record["key"],
+        "model": config.model.path,
+        "revision": config.model.revision,
+        "bits": config.quantization.bits,
+        "group_size": config.quantization.group_size,
+        "bytes": assembly.get("bytes"),
+        "original_bytes": assembly.get("original_bytes"),
+        "bits_per_weight": assembly.get("bits_per_weight"),
+        "evaluation": {key: evaluation.get(key) for key in NUMBERS},
+        "evaluation_error": record["evaluation_error"],
+        "gate": record.get("gate"),
+        "registry": record.get("registry"),
+        "mlflow_run": (record["mlflow"] or {}).get("run_id"),
+        "seconds": record["seconds"],
+        "started": record["started"],
+    }
 
 
 def notify(hooks: NotifyConfig | None, happened: list[str], content: dict[str, Any], before: Told | None = None) -> Told:
@@ -55,7 +67,9 @@ def notify(hooks: NotifyConfig | None, happened: list[str], content: dict[str, A
         return told
     text = json.dumps(_finite(content), ensure_ascii=False)
     calls: dict[str, tuple[str | None, Callable[[str, str, float], str | None]]] = {
-        "command": (hooks.command, _run), "webhook": (hooks.webhook, _post)}
+        "command": (hooks.command, _run),
+        "webhook": (hooks.webhook, _post),
+    }
     for name, (target, call) in calls.items():
         if target is None:
             continue
@@ -70,8 +84,9 @@ def _run(command: str, text: str, seconds: float) -> str | None:
     with tempfile.TemporaryFile() as errors:
         try:
             # a session of its own, so that all it has started ends with it
-            process = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
-                                       start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+            )
         except (OSError, ValueError) as error:
             return f"notify.command cannot be started: {error}"
         try:
@@ -90,8 +105,9 @@ def _run(command: str, text: str, seconds: float) -> str | None:
 def _post(webhook: str, text: str, seconds: float) -> str | None:
     """POST `text` to the webhook. What is told of an error holds no address: the address may be the secret."""
     try:
-        with httpx.stream("POST", resolve(webhook), content=text.encode(), headers={"Content-Type": "application/json"},
-                          timeout=seconds) as answer:  # fmt: skip
+        with httpx.stream(
+            "POST", resolve(webhook), content=text.encode(), headers={"Content-Type": "application/json"}, timeout=seconds
+        ) as answer:
             return None if answer.is_success else f"notify.webhook answered {answer.status_code}"
     except InputError as error:
         return f"notify.webhook = {error}"

@@ -41,8 +41,15 @@ def put(tracking: TrackingConfig, kind: str, path: str | Path, why: str, registe
         before = read(file) if file.is_file() else None
     except InputError:
         before = None  # damaged: replaced by a whole one
-    entry = Entry(kind, os.path.abspath(path), os.getcwd(), before.since if before else _now(), without_password(why),
-                  tracking.model_dump(mode="json"), register or bool(before and before.register))
+    entry = Entry(
+        kind,
+        os.path.abspath(path),
+        os.getcwd(),
+        before.since if before else _now(),
+        without_password(why),
+        tracking.model_dump(mode="json"),
+        register or bool(before and before.register),
+    )
     try:
         write(file, entry)
     except OSError as error:
@@ -79,8 +86,9 @@ def read(file: Path) -> Entry:
     try:
         entry = Entry(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"outbox entry {file} cannot be read ({' '.join(str(error).split())[:200]}): remove it, and run the command of "
-                         "its record again") from error
+        raise InputError(
+            f"outbox entry {file} cannot be read ({' '.join(str(error).split())[:200]}): remove it, and run the command of its record again"
+        ) from error
     if entry.kind not in ("run", "sweep") or not isinstance(entry.path, str) or not isinstance(entry.tracking, dict):
         raise InputError(f"outbox entry {file} is damaged (kind {entry.kind!r}): remove it, and run the command of its record again")
     return entry

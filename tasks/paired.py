@@ -29,8 +29,14 @@ def compare(
     a few again and again shows less noise than there is. lost and gained count questions that only one of the two answers rightly;
     None where scores are not right or wrong.
     """
-    found = {"recovery": _recovery(original, quantized, higher_is_better), "interval": None, "inside_noise": None, "lost": None,
-             "gained": None, "count": None}  # fmt: skip
+    found = {
+        "recovery": _recovery(original, quantized, higher_is_better),
+        "interval": None,
+        "inside_noise": None,
+        "lost": None,
+        "gained": None,
+        "count": None,
+    }
     if samples is None or len(samples[0]) != len(samples[1]):
         return found
     before, after = (np.asarray(scores, dtype=float) for scores in samples)
@@ -81,6 +87,11 @@ def sentence(row: dict[str, Any]) -> str:
     if row["interval"] is None:
         return f"{text} (no interval: it is not made up of scores of single {row['unit']})."
     low, high = row["interval"]
-    said = "the difference is inside the noise" if row["inside_noise"] else \
-           "worse than the original" if high < 1 else "better than the original"  # fmt: skip
+    said = (
+        "the difference is inside the noise"
+        if row["inside_noise"]
+        else "worse than the original"
+        if high < 1
+        else "better than the original"
+    )
     return f"{text} ({COVERED:.0%} interval {low:.1%} to {high:.1%}, {row['count']} {row['unit']}): {said}."

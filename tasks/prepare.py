@@ -47,8 +47,12 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Read and pack the calibration and the evaluation text. InputError: the model or a text does not do."""
     # the check, the flow and the cells of a sweep ask for the same text: one process reads it once while its files stay as they are
-    text = {"model": config.model.model_dump(include={"path", "revision"}), "calibration": config.calibration.model_dump(),
-            "evaluation": config.evaluation.model_dump(), "quantization": {"bits": 4, "dataset": config.quantization.dataset}}
+    text = {
+        "model": config.model.model_dump(include={"path", "revision"}),
+        "calibration": config.calibration.model_dump(),
+        "evaluation": config.evaluation.model_dump(),
+        "quantization": {"bits": 4, "dataset": config.quantization.dataset},
+    }
     return _prepare(json.dumps(text), tuple(_stamp(text) for text in (config.quantization.dataset, config.evaluation.dataset)))
 
 
@@ -59,8 +63,11 @@ def _prepare(text: str, stamps: tuple) -> Prepared:
     Checkpoint(resolve(config.model.path, config.model.revision))  # the weights first: without them no tokenizer helps
     limit = model_limits(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
-    notes = tuple(f"{room}.seqlen cut from {seqlen} to {limit}, the longest window the model allows"
-                  for room, seqlen in (("calibration", calibration.seqlen), ("evaluation", evaluation.seqlen)) if seqlen > limit)
+    notes = tuple(
+        f"{room}.seqlen cut from {seqlen} to {limit}, the longest window the model allows"
+        for room, seqlen in (("calibration", calibration.seqlen), ("evaluation", evaluation.seqlen))
+        if seqlen > limit
+    )
     seqlen, evaluation_seqlen = min(calibration.seqlen, limit), min(evaluation.seqlen, limit)
     dataset = config.quantization.dataset
     if evaluation.dataset is None:
@@ -171,8 +178,10 @@ def available_memory() -> int | None:
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError):
         pass
-    for limit, used, stat in (("memory.max", "memory.current", "inactive_file"),
-                              ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file")):
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
         group = Path("/sys/fs/cgroup")
         try:
             most, now = (group / limit).read_text().strip(), int((group / used).read_text())
@@ -252,8 +261,14 @@ def allocation_file(config: RunConfig) -> Path:
 
 def request_key(config: RunConfig, calibration: Windows) -> str:
     """sha256 of the request: model, settings, calibration windows, kind of device and this code."""
-    return allocation.key(config.model.path, config.quantization, calibration, device=config.model.device, dtype=config.model.dtype,
-                          revision=config.model.revision)
+    return allocation.key(
+        config.model.path,
+        config.quantization,
+        calibration,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+    )
 
 
 def stored_allocation(config: RunConfig, calibration: Windows) -> dict[str, Any] | None:
@@ -281,8 +296,14 @@ def open_quantization(config: RunConfig, calibration: Windows) -> Quantization:
     if stored:
         wanted = Allocation.from_record(stored).apply(wanted)
     run = Quantization.open(
-        config.model.path, wanted, calibration, config.out, revision=config.model.revision,
-        dtype=config.model.dtype, device=config.model.device, overwrite=config.output.overwrite,
+        config.model.path,
+        wanted,
+        calibration,
+        config.out,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        overwrite=config.output.overwrite,
     )
     try:
         run.kernel()  # the evaluation at the end would be the first to miss it

@@ -67,12 +67,35 @@ def write(out: str | Path, record: dict[str, Any]) -> Path:
 def new(config: RunConfig, key: str) -> dict[str, Any]:
     """A record at the start of a run. Its id is what MLflow's run is found by."""
     return {
-        "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}", "key": key, "config": config.model_dump(mode="json"), "out": str(config.out),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "finished_ms": None, "seconds": None, "stage_seconds": {},
-        "peak_memory_bytes": None, "machine": machine(), "source": source(), "system": None, "model_digest": None, "device": None,
-        "kernels": None, "calibration_data": None, "evaluation_data": None, "allocation": None, "assembly": None, "evaluation": None,
-        "evaluation_error": None, "blocks": [], "prefect_flow_run_id": None, "prefect_flow_run_url": None, "sweep": None, "mlflow": None,
-        "gate": None, "registry": None, "notified": None,
+        "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}",
+        "key": key,
+        "config": config.model_dump(mode="json"),
+        "out": str(config.out),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished_ms": None,
+        "seconds": None,
+        "stage_seconds": {},
+        "peak_memory_bytes": None,
+        "machine": machine(),
+        "source": source(),
+        "system": None,
+        "model_digest": None,
+        "device": None,
+        "kernels": None,
+        "calibration_data": None,
+        "evaluation_data": None,
+        "allocation": None,
+        "assembly": None,
+        "evaluation": None,
+        "evaluation_error": None,
+        "blocks": [],
+        "prefect_flow_run_id": None,
+        "prefect_flow_run_url": None,
+        "sweep": None,
+        "mlflow": None,
+        "gate": None,
+        "registry": None,
+        "notified": None,
     }
 
 
@@ -90,7 +113,9 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

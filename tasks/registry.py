@@ -49,8 +49,15 @@ def promote(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
 def promote_in_mlflow(config: RunConfig, record: dict[str, Any], tracking: TrackingConfig | None = None) -> dict[str, Any]:
     """promote, without Prefect, the outbox and the record on disk. tracking: where to, if not where the config says."""
     gate, logged, tracking = config.gate, record.get("mlflow") or {}, tracking or config.tracking
-    outcome = {"name": gate.register_as, "version": None, "alias": gate.alias, "champion": False, "beaten": None, "note": None,
-               "error": None}  # fmt: skip
+    outcome = {
+        "name": gate.register_as,
+        "version": None,
+        "alias": gate.alias,
+        "champion": False,
+        "beaten": None,
+        "note": None,
+        "error": None,
+    }
     if record["evaluation"] is None:  # a gate of sizes alone lets it pass
         return outcome | {"error": "the checkpoint is not evaluated"}
     if logged.get("run_id") is None:
@@ -92,8 +99,15 @@ def version_tags(config: RunConfig, record: dict[str, Any]) -> dict[str, str]:
     """All that tells what a version is, where it lies and how good it is."""
     known, folder = measured(record), os.path.abspath(config.out)
     values = {f"gptq.{name}": repr(float(known[name])) for name in MEASURES if known[name] is not None}
-    return {"gptq.key": record["key"], "gptq.checkpoint": folder, "gptq.manifest_sha256": file_sha256(Path(folder) / MANIFEST),
-            "gptq.run": record["id"], "gptq.measure": config.gate.measure, "gptq.evaluation": record["evaluation"]["digest"], **values}
+    return {
+        "gptq.key": record["key"],
+        "gptq.checkpoint": folder,
+        "gptq.manifest_sha256": file_sha256(Path(folder) / MANIFEST),
+        "gptq.run": record["id"],
+        "gptq.measure": config.gate.measure,
+        "gptq.evaluation": record["evaluation"]["digest"],
+        **values,
+    }
 
 
 def objection(own: dict[str, str], held: dict[str, str] | None, measure: str) -> str | None:
@@ -129,8 +143,11 @@ def _version(client: Any, config: RunConfig, tags: dict[str, str], run_id: str, 
     from mlflow.exceptions import MlflowException
 
     name = config.gate.register_as
-    same = [found for found in client.search_model_versions(f"name='{name}' and tags.`gptq.key` = '{tags['gptq.key']}'")
-            if found.tags.get("gptq.checkpoint") == tags["gptq.checkpoint"]]  # fmt: skip
+    same = [
+        found
+        for found in client.search_model_versions(f"name='{name}' and tags.`gptq.key` = '{tags['gptq.key']}'")
+        if found.tags.get("gptq.checkpoint") == tags["gptq.checkpoint"]
+    ]
     if same:
         version = min(same, key=lambda found: int(found.version))
         for key, value in tags.items():

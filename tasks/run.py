@@ -76,9 +76,14 @@ def compute(
 
 
 def _compute(
-    config: RunConfig, report: Reporter, sampler: Sampler, steps: Steps, advance: Callable[[float, str], None],
-    data: dict[str, Any] | None, original: str | None,
-) -> dict[str, Any]:  # fmt: skip
+    config: RunConfig,
+    report: Reporter,
+    sampler: Sampler,
+    steps: Steps,
+    advance: Callable[[float, str], None],
+    data: dict[str, Any] | None,
+    original: str | None,
+) -> dict[str, Any]:
     started = time.perf_counter()
     if data is None:
         with report.stage("prepare dataset"):
@@ -108,9 +113,12 @@ def _compute(
             write_card(config.out, record["evaluation"])
     if record["seconds"] is None:
         peak, highest = records.peak_memory(), earlier.get("peak_memory_bytes") or {}
-        record |= {"seconds": time.perf_counter() - started + (earlier.get("seconds") or 0.0), "finished_ms": int(time.time() * 1000),
-                   "peak_memory_bytes": {kind: max(size, highest.get(kind, 0)) for kind, size in peak.items()},
-                   "system": sampler.record()}
+        record |= {
+            "seconds": time.perf_counter() - started + (earlier.get("seconds") or 0.0),
+            "finished_ms": int(time.time() * 1000),
+            "peak_memory_bytes": {kind: max(size, highest.get(kind, 0)) for kind, size in peak.items()},
+            "system": sampler.record(),
+        }
     # no part of the work: finished work is judged by the limits of today
     record["gate"] = judge(config.gate, record) if config.gate else None
     record["config"] |= config.model_dump(mode="json", include={"gate", "notify"})
@@ -130,9 +138,7 @@ def _allocate(config: RunConfig, calibration: Windows, file: str, report: Report
         return steps.allocate(config, file, Progress(lambda done, total: advance(done)))
 
 
-def _quantize(
-    job: Quantization, report: Reporter, advance: Callable[[float, str], None], steps: Steps
-) -> list[dict[str, Any]]:
+def _quantize(job: Quantization, report: Reporter, advance: Callable[[float, str], None], steps: Steps) -> list[dict[str, Any]]:
     handle, blocks = Handle(job), []
     advance(0, "capture_calibration")
     with report.stage("capture calibration"):
@@ -142,8 +148,10 @@ def _quantize(
             block = steps.quantize_block(handle, index)
             blocks.append(block)
             worst = max((layer["relative_error"] or 0.0 for layer in block["layers"]), default=0.0)
-            text = (f"block {index + 1}/{job.block_count}: {len(block['layers'])} layers, worst relative error {worst:.4f}, "
-                    f"{block['seconds']:.1f} s{', from disk' if block['resumed'] else ''}")
+            text = (
+                f"block {index + 1}/{job.block_count}: {len(block['layers'])} layers, worst relative error {worst:.4f}, "
+                f"{block['seconds']:.1f} s{', from disk' if block['resumed'] else ''}"
+            )
             tick(index + 1, text)
             advance(90 * (index + 1) / job.block_count, text)
     return blocks
@@ -156,8 +164,16 @@ def _evaluate(config: RunConfig, record: dict[str, Any], report: Reporter, steps
         if record["evaluation"] is None:
             with report.stage("evaluate", held_out["windows"]) as tick:
                 record["evaluation"] = steps.evaluate(
-                    str(config.out), held_out["file"], config.model.path, config.model.revision, config.model.device, config.evaluation.kl,
-                    Progress(lambda done, total: tick(done)), config.evaluation_backend, original)
+                    str(config.out),
+                    held_out["file"],
+                    config.model.path,
+                    config.model.revision,
+                    config.model.device,
+                    config.evaluation.kl,
+                    Progress(lambda done, total: tick(done)),
+                    config.evaluation_backend,
+                    original,
+                )
             record["stage_seconds"]["evaluate"] = record["evaluation"]["seconds"]
         record["evaluation"] |= {"measures": [], "measured": None, "recovery": None}
         if key:

@@ -21,8 +21,14 @@ def resolve(value: str) -> str:
     kind, _, name = value.partition(":")
     found = os.environ.get(name) if kind == "env" else _block(name)
     if not found:
-        raise InputError(f"{value}: " + (f"the environment has no {name}; set it where the run is started" if kind == "env" else
-                                         f"the Secret block {name} is empty; give it a value"))  # fmt: skip
+        raise InputError(
+            f"{value}: "
+            + (
+                f"the environment has no {name}; set it where the run is started"
+                if kind == "env"
+                else f"the Secret block {name} is empty; give it a value"
+            )
+        )
     return found
 
 
@@ -39,5 +45,7 @@ def _block(name: str) -> str:
     try:
         return str(Secret.load(name).get() or "")
     except (ValueError, RuntimeError, httpx.HTTPError) as error:  # not there, or Prefect does not answer
-        raise InputError(f"block:{name} cannot be loaded ({type(error).__name__}): make a Secret block of that name in the Prefect "
-                         "server that the run uses") from error
+        raise InputError(
+            f"block:{name} cannot be loaded ({type(error).__name__}): make a Secret block of that name in the Prefect "
+            "server that the run uses"
+        ) from error

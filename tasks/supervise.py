@@ -88,9 +88,16 @@ class Worker:
         with self.log.open("a") as log:
             self._begin = log.tell()
             # a session of its own: Ctrl-C at the terminal is for the parent, which tells it
-            self._process = subprocess.Popen([sys.executable, "-m", "tasks.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                             stderr=log, text=True, env=environ, cwd=self.folder,
-                                             start_new_session=True)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tasks.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environ,
+                cwd=self.folder,
+                start_new_session=True,
+            )
         self._events = queue.Queue()
         threading.Thread(target=_read, args=(self._process.stdout, self._events), daemon=True).start()
 
@@ -135,8 +142,7 @@ class Leases:
     """The workers of a sweep; a cell takes one and gives it back."""
 
     def __init__(self, devices: list[str], per_device: int, threads: int, logs: Path) -> None:
-        self.workers = [Worker(device, logs / f"worker-{device}-{slot}.log", threads)
-                        for slot in range(per_device) for device in devices]  # fmt: skip
+        self.workers = [Worker(device, logs / f"worker-{device}-{slot}.log", threads) for slot in range(per_device) for device in devices]
         self._free: queue.Queue[Worker] = queue.Queue()
         for worker in self.workers:
             self._free.put(worker)

@@ -123,8 +123,10 @@ class SweepConfig(Schema):
         if all(cell.config is None for cell in found):
             raise ValueError(f"no cell is valid; the first, {found[0].name}: {found[0].error}")
         if self.runner == "ray" and (self.max_parallel or self.devices):
-            raise ValueError("max_parallel and devices are for this machine; Ray places the cells by `threads` and its GPUs: drop them, "
-                             "or set runner: local")  # fmt: skip
+            raise ValueError(
+                "max_parallel and devices are for this machine; Ray places the cells by `threads` and its GPUs: drop them, "
+                "or set runner: local"
+            )
         if self.runner == "ray" and self.mode == "screening":
             raise ValueError("mode: screening is one pass in one process; set runner: local")
         return self

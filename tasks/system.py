@@ -46,10 +46,15 @@ class Sampler:
         self._sample()
         with self._change:
             names = sorted({name for _, row in self._rows for name in row})
-            return {
-                "interval_seconds": self.seconds, "times_ms": [int(when) for when, _ in self._rows],
-                "metrics": {name: [row.get(name) for _, row in self._rows] for name in names},
-            } if self._rows else None  # fmt: skip
+            return (
+                {
+                    "interval_seconds": self.seconds,
+                    "times_ms": [int(when) for when, _ in self._rows],
+                    "metrics": {name: [row.get(name) for _, row in self._rows] for name in names},
+                }
+                if self._rows
+                else None
+            )
 
     def _run(self) -> None:
         while not self._end.wait(self.seconds) and self._sample():
@@ -64,7 +69,10 @@ class Sampler:
         with self._change:
             self._rows.append((time.time() * 1000, row))
             if len(self._rows) > self.limit:
-                self._rows, self.seconds = [_mean(*self._rows[start:start + 2]) for start in range(0, len(self._rows), 2)], 2 * self.seconds
+                self._rows, self.seconds = (
+                    [_mean(*self._rows[start : start + 2]) for start in range(0, len(self._rows), 2)],
+                    2 * self.seconds,
+                )
         return True
 
 
@@ -72,9 +80,11 @@ def sample() -> dict[str, float]:
     """Load and memory of the machine, and of the GPUs that this process uses, now."""
     memory = psutil.virtual_memory()
     return {
-        "cpu_utilization_percentage": psutil.cpu_percent(), "system_memory_usage_megabytes": round(memory.used / 1e6, 1),
-        "system_memory_usage_percentage": round(memory.used / memory.total * 100, 1), **_gpus(),
-    }  # fmt: skip
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": round(memory.used / 1e6, 1),
+        "system_memory_usage_percentage": round(memory.used / memory.total * 100, 1),
+        **_gpus(),
+    }
 
 
 def _gpus() -> dict[str, float]:

@@ -115,16 +115,22 @@ def _client(tracking: TrackingConfig) -> Any:
 def _log(client: Any, config: RunConfig, record: dict[str, Any], tracking: TrackingConfig) -> dict[str, Any]:
     experiment = _experiment(client, tracking)
     parent = _sweep_run(client, experiment, record["sweep"]).info.run_id if record.get("sweep") else None
-    run = _run(client, experiment, TAG, record["id"], run_name=fields.run_name(config, record),
-               start_time=records.milliseconds(record["started"]))  # fmt: skip
+    run = _run(
+        client, experiment, TAG, record["id"], run_name=fields.run_name(config, record), start_time=records.milliseconds(record["started"])
+    )
     run_id, tags = run.info.run_id, fields.tags(config, record) | ({PARENT_TAG: parent} if parent else {})
     report = records.beside(config.out, ".report.html")
     if run.info.status in ENDED:
         _update(client, run, tags, report)
     else:
         # a parameter stays what it was: a try that was cut off may have been of a config with another gate
-        _batches(client, run_id, tags, {key: value for key, value in fields.params(config).items() if key not in run.data.params},
-                 fields.metrics(record))  # fmt: skip
+        _batches(
+            client,
+            run_id,
+            tags,
+            {key: value for key, value in fields.params(config).items() if key not in run.data.params},
+            fields.metrics(record),
+        )
         client.log_inputs(run_id, datasets=_inputs(record))
         _log_artifacts(client, run_id, config, record, report)
         client.set_terminated(run_id, "FAILED" if record["evaluation_error"] else "FINISHED", end_time=record["finished_ms"])
@@ -148,9 +154,9 @@ def _batches(client: Any, run_id: str, tags: dict[str, str], params: dict[str, s
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     values = [Param(key, value) for key, value in params.items()]
     for start in range(0, len(values), 100):  # the most that one call of the REST API takes; of metrics 1000
-        client.log_batch(run_id, params=values[start:start + 100])
+        client.log_batch(run_id, params=values[start : start + 100])
     for start in range(0, len(rows), 1000):
-        client.log_batch(run_id, metrics=[Metric(*row) for row in rows[start:start + 1000]])
+        client.log_batch(run_id, metrics=[Metric(*row) for row in rows[start : start + 1000]])
 
 
 def _inputs(record: dict[str, Any]) -> list[Any]:
@@ -160,8 +166,13 @@ def _inputs(record: dict[str, Any]) -> list[Any]:
     for role in ("calibration", "evaluation"):
         data = record[f"{role}_data"]
         # MLflow keeps 36 characters of a digest; the whole one is in the profile, and in the run's tags
-        dataset = Dataset(name=Path(data["source"]).name[:200] or role, digest=data["digest"][:36], source_type="gptq_windows",
-                          source=json.dumps({"source": data["source"]}), profile=json.dumps(data))
+        dataset = Dataset(
+            name=Path(data["source"]).name[:200] or role,
+            digest=data["digest"][:36],
+            source_type="gptq_windows",
+            source=json.dumps({"source": data["source"]}),
+            profile=json.dumps(data),
+        )
         inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
     return inputs
 
@@ -192,8 +203,15 @@ def _open_sweep(client: Any, sweep: dict[str, Any], tracking: TrackingConfig) ->
 
 
 def _sweep_run(client: Any, experiment: str, sweep: dict[str, Any]) -> Any:
-    return _run(client, experiment, SWEEP_TAG, sweep["id"], run_name=fields.sweep_name(sweep), start_time=sweep["started_ms"],
-                tags=fields.opening_tags(sweep))  # fmt: skip
+    return _run(
+        client,
+        experiment,
+        SWEEP_TAG,
+        sweep["id"],
+        run_name=fields.sweep_name(sweep),
+        start_time=sweep["started_ms"],
+        tags=fields.opening_tags(sweep),
+    )
 
 
 def _log_sweep(client: Any, sweep: dict[str, Any], tracking: TrackingConfig) -> dict[str, Any]:

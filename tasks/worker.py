@@ -110,8 +110,9 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     if job["kind"] == "run":
         with Sampler() as sampler:  # before the limit: Python waits without end for a thread that has no memory to come up
             _limit_memory(job)
-            record = compute(from_dict(job["config"]), events, steps=Steps.plain(), data=job["data"], original=job["original"],
-                             sampler=sampler)  # fmt: skip
+            record = compute(
+                from_dict(job["config"]), events, steps=Steps.plain(), data=job["data"], original=job["original"], sampler=sampler
+            )
         return {"record": record}
     _limit_memory(job)
     if job["kind"] == "original":
@@ -124,8 +125,15 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
         model, cells = job["model"], {name: QuantizeConfig(**values) for name, values in job["cells"].items()}
         texts = [Windows.load(job[role]["file"]) for role in ("calibration", "evaluation")]
         with events.stage("screen blocks") as tick:
-            found = screen(model["path"], cells, *texts, revision=model["revision"], device=model["device"], dtype=model["dtype"],
-                           on_block=lambda done, total: tick(done, f"block {done}/{total} of {len(cells)} cells"))
+            found = screen(
+                model["path"],
+                cells,
+                *texts,
+                revision=model["revision"],
+                device=model["device"],
+                dtype=model["dtype"],
+                on_block=lambda done, total: tick(done, f"block {done}/{total} of {len(cells)} cells"),
+            )
         return {"cells": {name: screened.record() for name, screened in found.items()}}
     raise ValueError(f"kind {job['kind']!r}: must be run, original or screening")
 

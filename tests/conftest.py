@@ -47,7 +47,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = [1 / (rank + 1) for rank in range(len(words))]
     sentences = [" ".join(chance.choices(words, weights, k=chance.randint(4, 12))).capitalize() + "." for _ in range(2000)]
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("\n".join(" ".join(sentences[start:start + 5]) for start in range(0, len(sentences), 5)) + "\n")
+    path.write_text("\n".join(" ".join(sentences[start : start + 5]) for start in range(0, len(sentences), 5)) + "\n")
     assert path.stat().st_size >= 60_000
     return path
 
@@ -62,16 +62,27 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train([str(corpus)], trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet,
-                                                       show_progress=False))
+    tokenizer.train(
+        [str(corpus)], trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(fast), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
-            initializer_range=0.1,
-        )).float()
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(fast),
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                bos_token_id=0,
+                eos_token_id=1,
+                tie_word_embeddings=False,
+                initializer_range=0.1,
+            )
+        ).float()
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

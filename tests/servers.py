@@ -27,9 +27,28 @@ class TrackingServer:
         environ = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "OMP_NUM_THREADS": "1"}
         with (self.home / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-                 "--backend-store-uri", f"sqlite:///{self.home}/server.db", "--artifacts-destination", str(self.home / "artifacts")],
-                stdout=log, stderr=log, env=environ, cwd=self.home, start_new_session=True)  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "mlflow",
+                    "server",
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    str(self.port),
+                    "--workers",
+                    "1",
+                    "--backend-store-uri",
+                    f"sqlite:///{self.home}/server.db",
+                    "--artifacts-destination",
+                    str(self.home / "artifacts"),
+                ],
+                stdout=log,
+                stderr=log,
+                env=environ,
+                cwd=self.home,
+                start_new_session=True,
+            )
         until = time.monotonic() + WAIT
         while True:
             try:

@@ -30,8 +30,12 @@ def run(root, *command):
 
 
 def test_imports_go_one_way(request):
-    done = run(request.config.rootpath, sys.executable, "-c",
-               "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))")
+    done = run(
+        request.config.rootpath,
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

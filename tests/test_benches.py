@@ -96,9 +96,9 @@ def test_floors_count_what_their_formulas_say(recipe, bench, tmp_path):
         residual = 2 * (2 * tokens * 64 * 64 + 2 * tokens * 128 * 64)  # o_proj and down_proj of both blocks
         expected["shift"] = 2 * tokens * squares + residual + cubes / 3 + 4 * sum(n * n * r for n, r in groups)
     assert {stage: floor.amount for stage, floor in found.items()} == pytest.approx(expected)
-    assert {stage: floor.seconds for stage, floor in found.items()} == pytest.approx({
-        stage: amount / {"scales": 4.0, "pack": 8.0, "write": 16.0, "read": 16.0}.get(stage, 2.0) for stage, amount in expected.items()
-    })  # fmt: skip
+    assert {stage: floor.seconds for stage, floor in found.items()} == pytest.approx(
+        {stage: amount / {"scales": 4.0, "pack": 8.0, "write": 16.0, "read": 16.0}.get(stage, 2.0) for stage, amount in expected.items()}
+    )
     assert expected.keys() <= seconds.keys(), "a floor of what is no stage"
 
 
@@ -126,8 +126,24 @@ def test_stages_over_their_floor_are_marked(bench):
 
 
 def test_stages_of_a_local_model(bench, monkeypatch, tmp_path, tiny_llama, corpus):
-    start(bench("stages"), monkeypatch, tiny_llama, "--calibration", corpus, "--samples", 4, "--seqlen", 32, "--quick",
-          "--threads", 1, "--recipe", "best", "--out", tmp_path)  # fmt: skip
+    start(
+        bench("stages"),
+        monkeypatch,
+        tiny_llama,
+        "--calibration",
+        corpus,
+        "--samples",
+        4,
+        "--seqlen",
+        32,
+        "--quick",
+        "--threads",
+        1,
+        "--recipe",
+        "best",
+        "--out",
+        tmp_path,
+    )
     results, page = written(tmp_path)
     stages = results["run"]["stages"]
     assert stages.keys() >= {"read", "forward", "hessian", "factor", "shift", "scales", "sweep", "descent", "pack", "write"}
@@ -139,8 +155,9 @@ def test_the_loop_of_the_solver_bench_is_the_textbook_s(bench):
     solver = bench("solver")
     weight, hessian = problem(256)
     rounded, loss = solver.textbook_sweep(weight, solver.textbook_factor(hessian), 4, 64)
-    oracle = textbook_gptq(weight, hessian, bits=4, group_size=64, sym=True, damp_percent=solver.DAMPING, order=torch.arange(256),
-                           groups_follow_order=False)  # fmt: skip
+    oracle = textbook_gptq(
+        weight, hessian, bits=4, group_size=64, sym=True, damp_percent=solver.DAMPING, order=torch.arange(256), groups_follow_order=False
+    )
     codes, g_idx = oracle["codes"].double(), oracle["g_idx"].long()
     theirs = ((codes - oracle["zeros"][g_idx]) * oracle["scales"][g_idx]).T
     # their scales are float16, and a code that lies between two draws others along
@@ -164,8 +181,24 @@ def test_solver(bench, monkeypatch, tmp_path):
 def test_growth(bench, monkeypatch, tmp_path):
     growth = bench("growth")
     monkeypatch.setattr(growth, "fixed", lambda *_: {"imports": 3.0, "first": 0.5, "second": 0.25})  # a process of its own
-    start(growth, monkeypatch, "--shape", "tiny", "--blocks", "1,3", "--windows", "2,4", "--seqlen", 32, "--rounds", 1, "--threads", 1,
-          "--out", tmp_path)  # fmt: skip
+    start(
+        growth,
+        monkeypatch,
+        "--shape",
+        "tiny",
+        "--blocks",
+        "1,3",
+        "--windows",
+        "2,4",
+        "--seqlen",
+        32,
+        "--rounds",
+        1,
+        "--threads",
+        1,
+        "--out",
+        tmp_path,
+    )
     results, page = written(tmp_path)
     assert [len(own["blocks"]) for own in results["depth"].values()] == [1, 3]
     assert [row["tokens"] for row in results["tokens"]["rows"]] == [64, 128]
@@ -194,8 +227,19 @@ def test_gpu_bench_runs_on_a_cpu_with_the_engine_alone(tmp_path):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{BENCH.parents[1]}"}
     check = [sys.executable, "-c", "import tasks"]
     assert b"ModuleNotFoundError" in subprocess.run(check, env=environment, capture_output=True).stderr
-    command = [sys.executable, str(BENCH / "gpu.py"), *"--device cpu --shape tiny --windows 4 --seqlen 32 --threads 1 --quick".split(),
-               "--recipes", "best", "--blocks", "1", "--folder", str(tmp_path), "--out", str(tmp_path / "out")]  # fmt: skip
+    command = [
+        sys.executable,
+        str(BENCH / "gpu.py"),
+        *"--device cpu --shape tiny --windows 4 --seqlen 32 --threads 1 --quick".split(),
+        "--recipes",
+        "best",
+        "--blocks",
+        "1",
+        "--folder",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     results, page = written(tmp_path / "out")

@@ -26,8 +26,12 @@ def answers(request, tmp_path_factory, migrated):
         return config, record
 
     logged("three", 0.01, bits=3, model_digest="n" * 64)
-    logged("elsewhere", 0.001, evaluation_data=make_record(make_config(home, "x"))["evaluation_data"] | {"digest": "f" * 64},
-           started="2020-01-01T00:00:00Z")  # fmt: skip
+    logged(
+        "elsewhere",
+        0.001,
+        evaluation_data=make_record(make_config(home, "x"))["evaluation_data"] | {"digest": "f" * 64},
+        started="2020-01-01T00:00:00Z",
+    )
     logged("failed", 0.5, gate={"max_kl": 0.4})
     for name, kl in (("first", 0.3), ("better", 0.2), ("worse", 0.25)):
         config, record = logged(name, kl, gate={"max_kl": 1, "register_as": "my-model"})

@@ -27,15 +27,25 @@ def results():
         "engines": ["ours: tuned", "gptqmodel", "optimum"],
         "ours": "ours: tuned",
         "machine": {"processor": "Some CPU", "architecture": "x86_64", "cores": 2, "memory_bytes": 2**34, "instructions": ["avx2"]},
-        "setting": {"model": "tiny", "bits": 4, "group_size": 128, "threads": 1, "dtype": "float32",
-                    "own_dtype": "auto", "windows": 8, "seqlen": 32,
-                    "calibration": "random ids", "rounds": 3, "warmup": 1},
+        "setting": {
+            "model": "tiny",
+            "bits": 4,
+            "group_size": 128,
+            "threads": 1,
+            "dtype": "float32",
+            "own_dtype": "auto",
+            "windows": 8,
+            "seqlen": 32,
+            "calibration": "random ids",
+            "rounds": 3,
+            "warmup": 1,
+        },
         "heldout": 992,
         "versions": {"ours: tuned": {"torch": "2.13.0"}, "gptqmodel": {"torch": "2.12.0"}},
         "runs": [ours(-1, 50.0), peer(-1, 900.0), ours(0, 4.0), peer(0, 8.0), ours(1, 4.0), peer(1, 16.0), ours(2, 1.0), peer(2, 4.0)],
         "quality": {"ours: tuned": {"quantized_perplexity": 10.25, "kl": 0.007}},
         "failures": {"optimum": "failed, exit status 1"},
-    }  # fmt: skip
+    }
 
 
 def row(table, name):

@@ -22,8 +22,15 @@ def make_config(folder: Path, name: str = "out", uri: str = "env:GPTQ_STORE", bi
     out.mkdir(parents=True, exist_ok=True)
     (out / "manifest.jsonl").write_text(f'{{"kind": "{name}"}}\n')
     tracking = {"uri": uri, "experiment": "e", "outbox": str(folder / "outbox")} | sections.pop("tracking", {})
-    return from_dict({"model": {"path": "models/llama"}, "quantization": {"bits": bits, "dataset": "t.txt"}, "output": {"dir": str(out)},
-                      "tracking": tracking, **sections})  # fmt: skip
+    return from_dict(
+        {
+            "model": {"path": "models/llama"},
+            "quantization": {"bits": bits, "dataset": "t.txt"},
+            "output": {"dir": str(out)},
+            "tracking": tracking,
+            **sections,
+        }
+    )
 
 
 def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str, Any]:
@@ -34,25 +41,80 @@ def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str
 
     data = {"file": "f", "digest": "d" * 64, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
     measures = [
-        {"name": "arc_easy", "kind": "tasks", "protocol": "lm-eval", "metric": "acc", "higher_is_better": True, "original": 0.5,
-         "quantized": 0.25, "recovery": 0.5, "interval": [0.375, 0.625], "inside_noise": False, "lost": 3, "gained": 1, "count": 8,
-         "sentence": "worse"},
-        {"name": "wikitext2", "kind": "perplexity", "protocol": "papers", "metric": "perplexity", "higher_is_better": False,
-         "original": 4.0, "quantized": 5.0, "recovery": 0.8, "interval": None, "inside_noise": None, "lost": None,
-         "gained": None, "count": 2, "sentence": "worse"},
-    ]  # fmt: skip
-    record = records.new(config, hashlib.sha256(config.out.name.encode()).hexdigest()) | {
-        "started": "2023-11-14T22:13:10Z", "finished_ms": DAY, "seconds": 3.0, "stage_seconds": {"forward": 1.0},
-        "peak_memory_bytes": {"host": 5}, "calibration_data": data, "evaluation_data": data | {"digest": "e" * 64, "source": "h.txt"},
-        "prefect_flow_run_id": "p", "model_digest": "m" * 64, "device": "cpu", "kernels": "c",
-        "system": {"interval_seconds": 1.0, "times_ms": [DAY - 2000, DAY - 1000],
-                   "metrics": {"cpu_utilization_percentage": [50.0, None], "system_memory_usage_megabytes": [1.0, 2.0]}},
-        "assembly": {"bytes": 10, "original_bytes": 40, "bits_per_weight": 4.2, "quantized_layers": 4, "fallback_layers": [],
-                     "skipped": []},
-        "evaluation": {"original_perplexity": 2.0, "quantized_perplexity": 2.5, "kl": kl, "top1_agreement": None, "digest": "e" * 64,
-                       "flips": 0.125, "overlap": {"share": 0.5, "ngram": 13, "positions": 9}, "measures": measures},
-        "blocks": [{"block": b, "seconds": 0.5, "layers": [layer(b, "attn.q", 0.1 + b), layer(b, "mlp.up", None)]} for b in range(2)],
-    } | changes  # fmt: skip
+        {
+            "name": "arc_easy",
+            "kind": "tasks",
+            "protocol": "lm-eval",
+            "metric": "acc",
+            "higher_is_better": True,
+            "original": 0.5,
+            "quantized": 0.25,
+            "recovery": 0.5,
+            "interval": [0.375, 0.625],
+            "inside_noise": False,
+            "lost": 3,
+            "gained": 1,
+            "count": 8,
+            "sentence": "worse",
+        },
+        {
+            "name": "wikitext2",
+            "kind": "perplexity",
+            "protocol": "papers",
+            "metric": "perplexity",
+            "higher_is_better": False,
+            "original": 4.0,
+            "quantized": 5.0,
+            "recovery": 0.8,
+            "interval": None,
+            "inside_noise": None,
+            "lost": None,
+            "gained": None,
+            "count": 2,
+            "sentence": "worse",
+        },
+    ]
+    record = (
+        records.new(config, hashlib.sha256(config.out.name.encode()).hexdigest())
+        | {
+            "started": "2023-11-14T22:13:10Z",
+            "finished_ms": DAY,
+            "seconds": 3.0,
+            "stage_seconds": {"forward": 1.0},
+            "peak_memory_bytes": {"host": 5},
+            "calibration_data": data,
+            "evaluation_data": data | {"digest": "e" * 64, "source": "h.txt"},
+            "prefect_flow_run_id": "p",
+            "model_digest": "m" * 64,
+            "device": "cpu",
+            "kernels": "c",
+            "system": {
+                "interval_seconds": 1.0,
+                "times_ms": [DAY - 2000, DAY - 1000],
+                "metrics": {"cpu_utilization_percentage": [50.0, None], "system_memory_usage_megabytes": [1.0, 2.0]},
+            },
+            "assembly": {
+                "bytes": 10,
+                "original_bytes": 40,
+                "bits_per_weight": 4.2,
+                "quantized_layers": 4,
+                "fallback_layers": [],
+                "skipped": [],
+            },
+            "evaluation": {
+                "original_perplexity": 2.0,
+                "quantized_perplexity": 2.5,
+                "kl": kl,
+                "top1_agreement": None,
+                "digest": "e" * 64,
+                "flips": 0.125,
+                "overlap": {"share": 0.5, "ngram": 13, "positions": 9},
+                "measures": measures,
+            },
+            "blocks": [{"block": b, "seconds": 0.5, "layers": [layer(b, "attn.q", 0.1 + b), layer(b, "mlp.up", None)]} for b in range(2)],
+        }
+        | changes
+    )
     return record | {"gate": judge(config.gate, record) if config.gate else None}
 
 
@@ -63,13 +125,36 @@ def make_sweep(folder: Path, cells: dict[str, dict[str, Any]], model: str = "lla
     for name, record in cells.items():
         evaluation = record["evaluation"]
         record["sweep"] = head | {"cell": name}
-        rows.append({"name": name, "status": "done", "error": None, "out": record["out"], "bytes": 10, "bits_per_weight": 4.2,
-                     "perplexity": evaluation["quantized_perplexity"], "kl": evaluation["kl"], "mlflow_run_id": None})
+        rows.append(
+            {
+                "name": name,
+                "status": "done",
+                "error": None,
+                "out": record["out"],
+                "bytes": 10,
+                "bits_per_weight": 4.2,
+                "perplexity": evaluation["quantized_perplexity"],
+                "kl": evaluation["kl"],
+                "mlflow_run_id": None,
+            }
+        )
     first = next(iter(cells))
-    return head | {"config": {"grid": {"bits": [3, 4]}}, "source": records.source(), "machine": records.machine(),
-                   "finished": "2023-11-14T22:13:20Z", "seconds": 60.0, "computed": list(cells), "measure": "kl", "cells": rows,
-                   "front": [first], "recommended": {"name": first, "rule": "best_within_size", "reason": "r"}, "registry": None,
-                   "mlflow": None, "notified": None, **changes}  # fmt: skip
+    return head | {
+        "config": {"grid": {"bits": [3, 4]}},
+        "source": records.source(),
+        "machine": records.machine(),
+        "finished": "2023-11-14T22:13:20Z",
+        "seconds": 60.0,
+        "computed": list(cells),
+        "measure": "kl",
+        "cells": rows,
+        "front": [first],
+        "recommended": {"name": first, "rule": "best_within_size", "reason": "r"},
+        "registry": None,
+        "mlflow": None,
+        "notified": None,
+        **changes,
+    }
 
 
 def dump(address: str, experiment: str = "e") -> dict[str, Any]:
@@ -96,12 +181,26 @@ def dump(address: str, experiment: str = "e") -> dict[str, Any]:
 
 def _run(client: MlflowClient, run: Any, ours: Any) -> dict[str, Any]:
     run_id = run.info.run_id
-    histories = {key: sorted((point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, key))
-                 for key in run.data.metrics}  # fmt: skip
-    artifacts = {item.path: ours(Path(client.download_artifacts(run_id, item.path)).read_bytes().decode("latin-1"))
-                 for item in client.list_artifacts(run_id)}  # fmt: skip
-    inputs = sorted((each.dataset.name, each.dataset.digest, each.dataset.profile, [(tag.key, tag.value) for tag in each.tags])
-                    for each in run.inputs.dataset_inputs)  # fmt: skip
-    return {"name": run.info.run_name, "status": run.info.status, "start": run.info.start_time, "end": run.info.end_time,
-            "params": run.data.params, "tags": {key: ours(value) for key, value in run.data.tags.items()}, "metrics": histories,
-            "inputs": inputs, "artifacts": artifacts}  # fmt: skip
+    histories = {
+        key: sorted((point.step, point.timestamp, point.value) for point in client.get_metric_history(run_id, key))
+        for key in run.data.metrics
+    }
+    artifacts = {
+        item.path: ours(Path(client.download_artifacts(run_id, item.path)).read_bytes().decode("latin-1"))
+        for item in client.list_artifacts(run_id)
+    }
+    inputs = sorted(
+        (each.dataset.name, each.dataset.digest, each.dataset.profile, [(tag.key, tag.value) for tag in each.tags])
+        for each in run.inputs.dataset_inputs
+    )
+    return {
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "start": run.info.start_time,
+        "end": run.info.end_time,
+        "params": run.data.params,
+        "tags": {key: ours(value) for key, value in run.data.tags.items()},
+        "metrics": histories,
+        "inputs": inputs,
+        "artifacts": artifacts,
+    }

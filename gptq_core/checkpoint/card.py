@@ -22,21 +22,37 @@ def render(details: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     """The card as markdown. `details` is the manifest's first record with `summary` and `model_type`."""
     config, summary, tokens = details["config"], details["summary"], details["tokens"]
     lines = [
-        "---", "library_name: transformers", "tags: [gptq, quantized]", "---", "",
-        f"# {details['model_type']}, {config['bits']}-bit GPTQ", "",
+        "---",
+        "library_name: transformers",
+        "tags: [gptq, quantized]",
+        "---",
+        "",
+        f"# {details['model_type']}, {config['bits']}-bit GPTQ",
+        "",
         f"A {config['bits']}-bit GPTQ checkpoint of a {details['model_type']} model, format `{config['format']}`: "
         f"{summary['quantized_layers']} linears quantized to {summary['bits_per_weight']:.2f} bits a weight "
         "(scales, zeros and indices included), "
-        f"{summary['bytes']} bytes where the original has {summary['original_bytes']}.", "",
-        f"Calibrated on {tokens['windows']} windows of {tokens['seqlen']} tokens from {tokens['source']}.", "",
-        "| setting | value |", "|---|---|",
-        *(f"| {key} | {_cell(value)} |" for key, value in config.items()), "",
-        "```python", "from gptq_core import load_quantized", "", 'model = load_quantized("path/to/this/folder")', "```", "",
-    ]  # fmt: skip
+        f"{summary['bytes']} bytes where the original has {summary['original_bytes']}.",
+        "",
+        f"Calibrated on {tokens['windows']} windows of {tokens['seqlen']} tokens from {tokens['source']}.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {key} | {_cell(value)} |" for key, value in config.items()),
+        "",
+        "```python",
+        "from gptq_core import load_quantized",
+        "",
+        'model = load_quantized("path/to/this/folder")',
+        "```",
+        "",
+    ]
     if summary.get("loads"):
         lines += ["| loads in | by its rules |", "|---|---|"]
-        lines += [f"| {row['consumer']} {row['version']} | {_cell('no: ' + '; '.join(row['reasons']) if row['reasons'] else 'yes')} |"
-                  for row in summary["loads"]]  # fmt: skip
+        lines += [
+            f"| {row['consumer']} {row['version']} | {_cell('no: ' + '; '.join(row['reasons']) if row['reasons'] else 'yes')} |"
+            for row in summary["loads"]
+        ]
         lines.append("")
     if evaluation:
         lines += ["| measured on the checkpoint as written | |", "|---|---|"]

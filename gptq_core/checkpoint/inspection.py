@@ -45,8 +45,16 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         words, out = source.header(name)[1]
         groups, stored_zeros = source.header(f"{stem}.scales")[1][0], source.header(f"{stem}.qzeros")[1][1]
         bits = stored_zeros * 32 // out
-        layers.append({"name": stem, "in_features": words * 32 // bits, "out_features": out, "groups": groups, "bits": bits,
-                       "bytes": sum(size[p] for p in parts)})  # fmt: skip
+        layers.append(
+            {
+                "name": stem,
+                "in_features": words * 32 // bits,
+                "out_features": out,
+                "groups": groups,
+                "bits": bits,
+                "bytes": sum(size[p] for p in parts),
+            }
+        )
     dense = [
         {"name": n, "shape": list(source.header(n)[1]), "dtype": source.header(n)[0], "bytes": size[n]}
         for n in source.names

@@ -43,8 +43,10 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"model.path = {path_or_id!r}: no such folder, and the hub cannot give it ({reason}); "
-                         "give a local folder, or check the id, the revision and the network") from error  # fmt: skip
+        raise InputError(
+            f"model.path = {path_or_id!r}: no such folder, and the hub cannot give it ({reason}); "
+            "give a local folder, or check the id, the revision and the network"
+        ) from error
 
 
 class Checkpoint:
@@ -75,8 +77,10 @@ class Checkpoint:
         if not shards:
             pickles = [path.name for pattern in PICKLES for path in self.folder.glob(pattern)]
             if pickles:
-                raise InputError(f"{self.folder}: only pickle weights ({pickles[0]}), which can run code and are never loaded; "
-                                 "convert them to safetensors first")  # fmt: skip
+                raise InputError(
+                    f"{self.folder}: only pickle weights ({pickles[0]}), which can run code and are never loaded; "
+                    "convert them to safetensors first"
+                )
             raise InputError(f"{self.folder}: no *.safetensors; give a folder that holds the model's weights")
         for shard in shards:
             if Path(shard).name != shard or not (self.folder / shard).is_file():

@@ -73,8 +73,10 @@ class OutputFolder:
             self._check_sizes()
             return True
         if self.out.exists() and any(self.out.iterdir()) and not overwrite:
-            raise InputError(f"output.dir = {str(self.out)!r} already holds something else{_difference(finished, run)}; "
-                             "choose another folder, or set output.overwrite: true (--overwrite)")  # fmt: skip
+            raise InputError(
+                f"output.dir = {str(self.out)!r} already holds something else{_difference(finished, run)}; "
+                "choose another folder, or set output.overwrite: true (--overwrite)"
+            )
         begun = self._read(self.partial)
         if begun and begun[0]["key"] == key:
             # believed only after a look: a block whose file is gone or changed is missing, and so are its outputs for the next
@@ -98,8 +100,9 @@ class OutputFolder:
             for name, size in record.get("files", {}).items():
                 path = self.out / name
                 if not path.is_file() or path.stat().st_size != size:
-                    raise CorruptCheckpointError(f"{path}: missing or not the {size} bytes its manifest names; "
-                                                 "run again with output.overwrite: true (--overwrite)")  # fmt: skip
+                    raise CorruptCheckpointError(
+                        f"{path}: missing or not the {size} bytes its manifest names; run again with output.overwrite: true (--overwrite)"
+                    )
 
     @staticmethod
     def _read(folder: Path) -> list[dict[str, Any]]:

@@ -40,15 +40,26 @@ _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "round_columns": (_pointer, _long, _pointer, _pointer, _pointer, _long, _pointer, _float, _pointer, _long, _long, _long),
     "settle": (ctypes.c_int, *[_pointer] * 12, _long, _long),
-    "descend_columns": (
-        _pointer, _long, _pointer, _long, _pointer, _pointer, _float, _pointer, _long, _pointer, _long, _long, _long,
-    ),
+    "descend_columns": (_pointer, _long, _pointer, _long, _pointer, _pointer, _float, _pointer, _long, _pointer, _long, _long, _long),
     "search": (
-        _pointer, _long, _pointer, _long, _long, ctypes.c_int, _float, _float, _pointer, _pointer, _long, _pointer, _long, *[_pointer] * 2,
+        _pointer,
+        _long,
+        _pointer,
+        _long,
+        _long,
+        ctypes.c_int,
+        _float,
+        _float,
+        _pointer,
+        _pointer,
+        _long,
+        _pointer,
+        _long,
+        *[_pointer] * 2,
     ),
     "pack": (_pointer, _long, _long, ctypes.c_int, _pointer),
     "add_products": (_pointer, _long, _pointer, _long, ctypes.c_uint, _pointer),
-}  # fmt: skip
+}
 
 SIDE, STRETCH = 48, 256
 """Columns of a packed panel of products.c, a multiple of 16, and pairs of tokens that it holds."""
@@ -135,9 +146,19 @@ def round_columns(
     taken, scales, zeros, group = feedback.T.contiguous(), scales.contiguous(), zeros.contiguous(), group.contiguous()
     codes = now.new_empty(block, out, dtype=torch.uint8)
     library().round_columns(
-        now.data_ptr(), now.stride(0), taken.data_ptr(), scales.data_ptr(), zeros.data_ptr(), out, group.data_ptr(), max_code,
-        codes.data_ptr(), out, block, out,
-    )  # fmt: skip
+        now.data_ptr(),
+        now.stride(0),
+        taken.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+        out,
+        group.data_ptr(),
+        max_code,
+        codes.data_ptr(),
+        out,
+        block,
+        out,
+    )
     return codes
 
 
@@ -160,10 +181,21 @@ def settle(
     assert all(t.is_contiguous() for t in wide), [t.stride() for t in wide]
     here, group, diagonal = here.contiguous(), group.contiguous(), diagonal.contiguous()
     library().settle(
-        delta.dtype == torch.bfloat16, found.data_ptr(), left.data_ptr(), target.data_ptr(), here.data_ptr(), scales.data_ptr(),
-        zeros.data_ptr(), group.data_ptr(), diagonal.data_ptr(), codes.data_ptr(), delta.data_ptr(),
-        None if errors is None else errors.data_ptr(), loss.data_ptr(), *found.shape,
-    )  # fmt: skip
+        delta.dtype == torch.bfloat16,
+        found.data_ptr(),
+        left.data_ptr(),
+        target.data_ptr(),
+        here.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+        group.data_ptr(),
+        diagonal.data_ptr(),
+        codes.data_ptr(),
+        delta.data_ptr(),
+        None if errors is None else errors.data_ptr(),
+        loss.data_ptr(),
+        *found.shape,
+    )
 
 
 def descend_columns(
@@ -181,17 +213,25 @@ def descend_columns(
     scale, zero, damped = scale.contiguous(), zero.contiguous(), damped.contiguous()
     change = torch.empty_like(slope, memory_format=torch.contiguous_format)
     library().descend_columns(
-        codes.data_ptr(), codes.stride(0), slope.data_ptr(), slope.stride(0), scale.data_ptr(), zero.data_ptr(), max_code,
-        damped.data_ptr(), block, change.data_ptr(), out, block, out,
-    )  # fmt: skip
+        codes.data_ptr(),
+        codes.stride(0),
+        slope.data_ptr(),
+        slope.stride(0),
+        scale.data_ptr(),
+        zero.data_ptr(),
+        max_code,
+        damped.data_ptr(),
+        block,
+        change.data_ptr(),
+        out,
+        block,
+        out,
+    )
     return change
 
 
 def search(
-    weights: Float[Tensor, "groups columns out"],
-    importance: Float[Tensor, "groups columns"],
-    max_code: int,
-    smallest_zero: int | None,
+    weights: Float[Tensor, "groups columns out"], importance: Float[Tensor, "groups columns"], max_code: int, smallest_zero: int | None
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
     """scales.search."""
     weights = weights if weights.stride(2) == 1 else weights.contiguous()
@@ -201,10 +241,22 @@ def search(
     scales, zeros = weights.new_empty(2, groups, out)
     for g in range(groups):
         library().search(
-            weights[g].data_ptr(), weights.stride(1), importance[g].data_ptr(), columns, out, smallest_zero is None, smallest_zero or 0,
-            max_code, shares.data_ptr(), shifts.data_ptr(), len(shares), offsets.data_ptr(), len(offsets), scales[g].data_ptr(),
+            weights[g].data_ptr(),
+            weights.stride(1),
+            importance[g].data_ptr(),
+            columns,
+            out,
+            smallest_zero is None,
+            smallest_zero or 0,
+            max_code,
+            shares.data_ptr(),
+            shifts.data_ptr(),
+            len(shares),
+            offsets.data_ptr(),
+            len(offsets),
+            scales[g].data_ptr(),
             zeros[g].data_ptr(),
-        )  # fmt: skip
+        )
     return scales, zeros
 
 
@@ -253,7 +305,14 @@ def _pieces(total: Tensor, left: Tensor, right: Tensor, height: int, lower: bool
     rows, columns = total.shape
     for i, j in itertools.product(range(0, rows, height), range(0, columns, PANEL)):
         yield _Product(
-            left.data_ptr() + i * left.element_size(), right.data_ptr() + j * right.element_size(),
-            total.data_ptr() + (i * total.stride(0) + j) * total.element_size(), left.stride(0), right.stride(0), total.stride(0),
-            len(left), min(height, rows - i), min(PANEL, columns - j), j - i if lower else _ALL,
-        )  # fmt: skip
+            left.data_ptr() + i * left.element_size(),
+            right.data_ptr() + j * right.element_size(),
+            total.data_ptr() + (i * total.stride(0) + j) * total.element_size(),
+            left.stride(0),
+            right.stride(0),
+            total.stride(0),
+            len(left),
+            min(height, rows - i),
+            min(PANEL, columns - j),
+            j - i if lower else _ALL,
+        )

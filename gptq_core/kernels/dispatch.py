@@ -95,8 +95,9 @@ def compiles() -> bool:
     log.warning(
         "the loops in C could not be compiled (%s); until then the solver runs as many small operations, and bfloat16 inputs are summed up "
         "in float32, both slower: install a C compiler (cc, gcc or clang, or CC=...), and see that XDG_CACHE_HOME or ~/.cache can be "
-        "written", obstacle,
-    )  # fmt: skip
+        "written",
+        obstacle,
+    )
     return False
 
 
@@ -112,6 +113,7 @@ def compiles_products() -> bool:
     if not known:
         log.warning(
             "the C compiler that made %s does not know this processor's instructions for bfloat16; bfloat16 inputs are summed up in "
-            "float32, which is slower: install gcc 10 or clang 9, or newer ones, and remove that file", compiled.library()._name,
-        )  # fmt: skip
+            "float32, which is slower: install gcc 10 or clang 9, or newer ones, and remove that file",
+            compiled.library()._name,
+        )
     return known

@@ -57,10 +57,23 @@ def round_columns(
     codes = torch.empty(block, out, dtype=torch.uint8, device=now.device)
     with torch.cuda.device_of(now):
         _round_columns[(triton.cdiv(out, TILE),)](
-            now, feedback, scales, zeros, group, codes, block, out,
-            now.stride(0), feedback.stride(0), scales.stride(0), zeros.stride(0),
-            MAX_CODE=max_code, BLOCK=_rows(block), TILE=TILE, **LAUNCH,
-        )  # fmt: skip
+            now,
+            feedback,
+            scales,
+            zeros,
+            group,
+            codes,
+            block,
+            out,
+            now.stride(0),
+            feedback.stride(0),
+            scales.stride(0),
+            zeros.stride(0),
+            MAX_CODE=max_code,
+            BLOCK=_rows(block),
+            TILE=TILE,
+            **LAUNCH,
+        )
     return codes
 
 
@@ -79,17 +92,27 @@ def descend_columns(
     change = torch.empty_like(slope, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(slope):
         _descend_columns[(triton.cdiv(out, TILE),)](
-            codes, slope, scale, zero, damped, change, block, out, codes.stride(0), slope.stride(0), damped.stride(0),
-            MAX_CODE=max_code, BLOCK=_rows(block), TILE=TILE, **LAUNCH,
-        )  # fmt: skip
+            codes,
+            slope,
+            scale,
+            zero,
+            damped,
+            change,
+            block,
+            out,
+            codes.stride(0),
+            slope.stride(0),
+            damped.stride(0),
+            MAX_CODE=max_code,
+            BLOCK=_rows(block),
+            TILE=TILE,
+            **LAUNCH,
+        )
     return change
 
 
 def search(
-    weights: Float[Tensor, "groups columns out"],
-    importance: Float[Tensor, "groups columns"],
-    max_code: int,
-    smallest_zero: int | None,
+    weights: Float[Tensor, "groups columns out"], importance: Float[Tensor, "groups columns"], max_code: int, smallest_zero: int | None
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
     """scales.search."""
     weights, importance = map(_along_rows, (weights, importance))
@@ -97,11 +120,27 @@ def search(
     scales, zeros = weights.new_empty(2, groups, out)
     with torch.cuda.device_of(weights):
         _search[(triton.cdiv(out, TILE), groups)](
-            weights, importance, scales, zeros, columns, out, weights.stride(0), weights.stride(1), importance.stride(0),
-            MAX_CODE=max_code, SYM=smallest_zero is None, SMALLEST_ZERO=smallest_zero or 0,
-            COARSE=twin.COARSE_STEPS, FINE=twin.FINE_STEPS, LEAST=twin.SMALLEST_SHARE, MOST=twin.LARGEST_SHARE,
-            SMALLEST_SCALE=twin.SMALLEST_SCALE, CHUNK=min(_rows(columns), LARGEST_BLOCK), TILE=TILE, **LAUNCH,
-        )  # fmt: skip
+            weights,
+            importance,
+            scales,
+            zeros,
+            columns,
+            out,
+            weights.stride(0),
+            weights.stride(1),
+            importance.stride(0),
+            MAX_CODE=max_code,
+            SYM=smallest_zero is None,
+            SMALLEST_ZERO=smallest_zero or 0,
+            COARSE=twin.COARSE_STEPS,
+            FINE=twin.FINE_STEPS,
+            LEAST=twin.SMALLEST_SHARE,
+            MOST=twin.LARGEST_SHARE,
+            SMALLEST_SCALE=twin.SMALLEST_SCALE,
+            CHUNK=min(_rows(columns), LARGEST_BLOCK),
+            TILE=TILE,
+            **LAUNCH,
+        )
     return scales, zeros
 
 
@@ -139,9 +178,22 @@ def _code(weight, scale, zero, MAX_CODE: tl.constexpr):
 @triton.jit
 @no_type_check
 def _round_columns(
-    now, feedback, scales, zeros, group, codes, block, out, now_stride, feedback_stride, scales_stride, zeros_stride,
-    MAX_CODE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    now,
+    feedback,
+    scales,
+    zeros,
+    group,
+    codes,
+    block,
+    out,
+    now_stride,
+    feedback_stride,
+    scales_stride,
+    zeros_stride,
+    MAX_CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     rows, outs = tl.arange(0, BLOCK), tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = outs < out
     held = (rows < block)[:, None] & inside[None, :]
@@ -162,9 +214,21 @@ def _round_columns(
 @triton.jit
 @no_type_check
 def _descend_columns(
-    codes, slope, scales, zeros, damped, change, block, out, codes_stride, slope_stride, damped_stride,
-    MAX_CODE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    codes,
+    slope,
+    scales,
+    zeros,
+    damped,
+    change,
+    block,
+    out,
+    codes_stride,
+    slope_stride,
+    damped_stride,
+    MAX_CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     rows, outs = tl.arange(0, BLOCK), tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = outs < out
     scale = tl.load(scales + outs, mask=inside, other=1.0)
@@ -187,10 +251,26 @@ def _descend_columns(
 @triton.jit
 @no_type_check
 def _search(
-    weights, importance, scales, zeros, columns, out, group_stride, column_stride, importance_stride,
-    MAX_CODE: tl.constexpr, SYM: tl.constexpr, SMALLEST_ZERO: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    weights,
+    importance,
+    scales,
+    zeros,
+    columns,
+    out,
+    group_stride,
+    column_stride,
+    importance_stride,
+    MAX_CODE: tl.constexpr,
+    SYM: tl.constexpr,
+    SMALLEST_ZERO: tl.constexpr,
+    COARSE: tl.constexpr,
+    FINE: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    SMALLEST_SCALE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     outs = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = outs < out
     rows, g = tl.arange(0, CHUNK).to(tl.int64), tl.program_id(1).to(tl.int64)  # offsets in a whole weight may pass 2^31

@@ -20,10 +20,7 @@ SMALLEST_SHARE, LARGEST_SHARE = 0.4, 1.1
 
 
 def search(
-    weights: Float[Tensor, "groups columns out"],
-    importance: Float[Tensor, "groups columns"],
-    max_code: int,
-    smallest_zero: int | None,
+    weights: Float[Tensor, "groups columns out"], importance: Float[Tensor, "groups columns"], max_code: int, smallest_zero: int | None
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
     """Scales, exact in float16, and zeros. smallest_zero: None where the zero is fixed in the middle of the codes (symmetric)."""
     kernels = dispatch.kernels(weights, importance)
@@ -37,9 +34,11 @@ def coarse_candidates(symmetric: bool) -> Float[Tensor, "candidates 2"]:
     """(share of the scale that covers the extreme, its sign that of the scale; steps by which the zero is moved) of each candidate."""
     signs, shifts = ((1.0, -1.0), (0,)) if symmetric else ((1.0,), (-1, 0, 1))
     spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
-    return torch.tensor([
-        (sign * (SMALLEST_SHARE + step * spacing), shift) for step in range(COARSE_STEPS) for sign in signs for shift in shifts
-    ], dtype=torch.float32, device="cpu")  # fmt: skip
+    return torch.tensor(
+        [(sign * (SMALLEST_SHARE + step * spacing), shift) for step in range(COARSE_STEPS) for sign in signs for shift in shifts],
+        dtype=torch.float32,
+        device="cpu",
+    )
 
 
 def fine_offsets() -> Float[Tensor, " candidates"]:

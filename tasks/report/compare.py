@@ -43,8 +43,10 @@ def _headline(a: dict[str, Any], b: dict[str, Any], same: bool) -> list[Part]:
     if not same:
         digests = " and ".join(str(numbers.get("digest"))[:12] for numbers in found)
         why = f"they were judged on different held-out windows (digests {digests})" if all(found) else "at least one was not evaluated"
-        return [Text(" ".join(told), tone="lead"),
-                Text(f"KL and perplexity are not compared: {why}. Two runs with the same evaluation section can be.", tone="warning")]
+        return [
+            Text(" ".join(told), tone="lead"),
+            Text(f"KL and perplexity are not compared: {why}. Two runs with the same evaluation section can be.", tone="warning"),
+        ]
     for key, what in (("kl", "KL"), ("quantized_perplexity", "perplexity")):
         before, after = (numbers.get(key) for numbers in found)
         if known(before) and known(after):
@@ -56,14 +58,18 @@ def numbers(a: dict[str, Any], b: dict[str, Any], same: bool) -> list[list[str]]
     """[what, A, B, difference]; numbers of the held-out text have none where the texts differ."""
     rows = []
     for what, place, key, show, of_text in (
-        ("size", "assembly", "bytes", size, False), ("bits per weight", "assembly", "bits_per_weight", number, False),
+        ("size", "assembly", "bytes", size, False),
+        ("bits per weight", "assembly", "bits_per_weight", number, False),
         ("quantized layers", "assembly", "quantized_layers", number, False),
         ("original perplexity", "evaluation", "original_perplexity", number, True),
-        ("perplexity", "evaluation", "quantized_perplexity", number, True), ("KL per token (nats)", "evaluation", "kl", number, True),
-        ("same next token", "evaluation", "top1_agreement", percent, True), ("answer flips", "evaluation", "flips", percent, True),
-        ("time", None, "seconds", duration, False), ("peak memory", "peak_memory_bytes", "host", size, False),
+        ("perplexity", "evaluation", "quantized_perplexity", number, True),
+        ("KL per token (nats)", "evaluation", "kl", number, True),
+        ("same next token", "evaluation", "top1_agreement", percent, True),
+        ("answer flips", "evaluation", "flips", percent, True),
+        ("time", None, "seconds", duration, False),
+        ("peak memory", "peak_memory_bytes", "host", size, False),
         ("peak memory of the GPU", "peak_memory_bytes", "gpu", size, False),
-    ):  # fmt: skip
+    ):
         values = [((record.get(place) or {}) if place else record).get(key) for record in (a, b)]
         if any(map(known, values)):
             shown = [show(value) if known(value) else NONE for value in values]
@@ -106,12 +112,20 @@ def _quality(a: dict[str, Any], b: dict[str, Any]) -> Figure | None:
     points, originals = [], set()
     for mark, record in (("A", a), ("B", b)):
         found, assembly = record["evaluation"], record.get("assembly") or {}
-        points.append({"name": f"{mark}: {name(record)}", "bytes": assembly.get("bytes"), "value": found.get("quantized_perplexity"),
-                       "mark": mark})  # fmt: skip
+        points.append(
+            {"name": f"{mark}: {name(record)}", "bytes": assembly.get("bytes"), "value": found.get("quantized_perplexity"), "mark": mark}
+        )
         originals.add((assembly.get("original_bytes"), found.get("original_perplexity")))
     return figures.quality_against_size(
-        points, key="quality", title="Perplexity against size", label="perplexity", front=[], chosen=None, what="run",
-        originals=sorted((bytes_, value) for bytes_, value in originals if known(bytes_) and known(value)))
+        points,
+        key="quality",
+        title="Perplexity against size",
+        label="perplexity",
+        front=[],
+        chosen=None,
+        what="run",
+        originals=sorted((bytes_, value) for bytes_, value in originals if known(bytes_) and known(value)),
+    )
 
 
 def differences(a: Any, b: Any, key: str = "") -> list[list[str]]:

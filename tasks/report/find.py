@@ -36,8 +36,10 @@ def find(name: str | Path) -> Found:
         return Found("sweep", _sweep(path / SWEEP), sweep_report(path))
     record = records.read(path)
     if record is None:
-        raise InputError(f"{path} is no run and no sweep: neither {records.record_path(path)} nor {path / SWEEP} is there; give what "
-                         "`quantize` or `sweep` wrote")
+        raise InputError(
+            f"{path} is no run and no sweep: neither {records.record_path(path)} nor {path / SWEEP} is there; give what "
+            "`quantize` or `sweep` wrote"
+        )
     if not isinstance(record.get("config"), dict):
         raise InputError(f"run record {records.record_path(path)} has no config: it is not one that `quantize` wrote")
     return Found("run", record, run_report(path))

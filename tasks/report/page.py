@@ -31,8 +31,13 @@ def html(page: Page) -> str:
     """The whole file. Everything that comes from `page` is escaped; styles and scripts are the project's own and plotly's."""
     figures = {figure.key: figure.plot for figure in page.figures}
     own = {name: (HERE / name).read_text(encoding="utf-8") for name in ("style.css", "draw.js")}
-    return _templates().get_template("page.html").render(
-        page=page, figures=figures, dark=DARK, style=own["style.css"], draw=own["draw.js"], plotly=get_plotlyjs() if figures else "")
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            page=page, figures=figures, dark=DARK, style=own["style.css"], draw=own["draw.js"], plotly=get_plotlyjs() if figures else ""
+        )
+    )
 
 
 def write(path: Path, page: Page) -> Path:

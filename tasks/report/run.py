@@ -54,17 +54,30 @@ def _headline(record: dict[str, Any]) -> list[Part]:
     told = [_made(record), _worse(record), _noise(record), _gate(record)]
     parts: list[Part] = [Text(" ".join(sentence for sentence in told if sentence), tone="lead")]
     if record.get("evaluation_error"):
-        parts.append(Text(f"The evaluation failed: {record['evaluation_error']}. The checkpoint is complete; the same command evaluates "
-                          "it.", tone="warning"))
+        parts.append(
+            Text(
+                f"The evaluation failed: {record['evaluation_error']}. The checkpoint is complete; the same command evaluates it.",
+                tone="warning",
+            )
+        )
     assembly = record.get("assembly") or {}
     fell = len(assembly.get("fallback_layers") or [])
     if fell:
-        parts.append(Text(f"{count(fell, 'layer')} could not be solved and {'was' if fell == 1 else 'were'} rounded to nearest: see below.",
-                          tone="warning"))
+        parts.append(
+            Text(
+                f"{count(fell, 'layer')} could not be solved and {'was' if fell == 1 else 'were'} rounded to nearest: see below.",
+                tone="warning",
+            )
+        )
     overlap = (record.get("evaluation") or {}).get("overlap")
     if overlap and objection(overlap["share"], overlap.get("calibration_share", 0.0), "evaluation"):
-        parts.append(Text(f"{percent(overlap['share'])} of the held-out text was also seen in calibration ({overlap['ngram']} tokens in a "
-                          "row): its numbers may flatter.", tone="warning"))
+        parts.append(
+            Text(
+                f"{percent(overlap['share'])} of the held-out text was also seen in calibration ({overlap['ngram']} tokens in a "
+                "row): its numbers may flatter.",
+                tone="warning",
+            )
+        )
     return parts
 
 
@@ -124,8 +137,10 @@ def _tiles(record: dict[str, Any]) -> Tiles:
     found, assembly, gate = record.get("evaluation") or {}, record.get("assembly") or {}, record.get("gate")
     tiles = []
     if assembly:
-        tiles = [("size", size(assembly["bytes"]), f"original {size(assembly['original_bytes'])}"),
-                 ("bits per weight", number(assembly["bits_per_weight"]), count(assembly["quantized_layers"], "layer"))]
+        tiles = [
+            ("size", size(assembly["bytes"]), f"original {size(assembly['original_bytes'])}"),
+            ("bits per weight", number(assembly["bits_per_weight"]), count(assembly["quantized_layers"], "layer")),
+        ]
     if known(found.get("quantized_perplexity")):
         tiles.append(("perplexity", number(found["quantized_perplexity"]), f"original {number(found.get('original_perplexity'))}"))
     if known(found.get("kl")):
@@ -150,11 +165,21 @@ def _quality(record: dict[str, Any]) -> list[Part | None]:
         return []
     point = {"name": name(record), "bytes": assembly["bytes"], "value": after, "mark": "this run"}
     originals = [(assembly["original_bytes"], before)] if known(before) else []
-    figure = figures.quality_against_size([point], key="quality", title="Perplexity against size", label="perplexity", front=[],
-                                          chosen=point["name"], originals=originals, what="run")
+    figure = figures.quality_against_size(
+        [point],
+        key="quality",
+        title="Perplexity against size",
+        label="perplexity",
+        front=[],
+        chosen=point["name"],
+        originals=originals,
+        what="run",
+    )
     gate = record.get("gate")
-    rows = [[check["limit"], number(check["limit_value"]), number(check["value"]), "kept" if check["passed"] else "not kept"]
-            for check in (gate["checks"] if gate else [])]
+    rows = [
+        [check["limit"], number(check["limit_value"]), number(check["value"]), "kept" if check["passed"] else "not kept"]
+        for check in (gate["checks"] if gate else [])
+    ]
     return [figure, Table("Limits of the gate", ["limit", "set to", "measured", ""], rows) if rows else None]
 
 
@@ -168,22 +193,41 @@ def _measures(record: dict[str, Any]) -> list[Part | None]:
         return []
     held_out = [
         ["perplexity", number(found.get("original_perplexity")), number(found.get("quantized_perplexity"))],
-        ["KL per token (nats)", "0", number(found.get("kl"))], ["same next token", "100 %", percent(found.get("top1_agreement"))],
+        ["KL per token (nats)", "0", number(found.get("kl"))],
+        ["same next token", "100 %", percent(found.get("top1_agreement"))],
         ["answer flips", "0 %", percent(found.get("flips"))],
     ]
     shown = [row for row in held_out if row[2] != NONE]
     source = f"{data['source']}: " if data.get("source") else ""
-    told = (f"{source}{number(found.get('windows'))} windows of {number(found.get('seqlen'))} tokens, "
-            f"{number(found.get('tokens'))} in all, run by {found.get('backend', 'torch')}. Digest {str(found.get('digest'))[:16]}.")
+    told = (
+        f"{source}{number(found.get('windows'))} windows of {number(found.get('seqlen'))} tokens, "
+        f"{number(found.get('tokens'))} in all, run by {found.get('backend', 'torch')}. Digest {str(found.get('digest'))[:16]}."
+    )
     if found.get("overlap"):
         told += f" {percent(found['overlap']['share'], 2)} of its {found['overlap']['ngram']}-grams were seen in calibration."
-    rows = [[figures.measure_name(row), str(row.get("protocol") or ""), number(row.get("original")), number(row.get("quantized")),
-             percent(row.get("recovery")), figures.interval(row), {True: "inside", False: "outside", None: NONE}[row.get("inside_noise")],
-             number(row.get("lost")), number(row.get("gained")), number(row.get("count"))] for row in _rows(record)]  # fmt: skip
+    rows = [
+        [
+            figures.measure_name(row),
+            str(row.get("protocol") or ""),
+            number(row.get("original")),
+            number(row.get("quantized")),
+            percent(row.get("recovery")),
+            figures.interval(row),
+            {True: "inside", False: "outside", None: NONE}[row.get("inside_noise")],
+            number(row.get("lost")),
+            number(row.get("gained")),
+            number(row.get("count")),
+        ]
+        for row in _rows(record)
+    ]
     header = ["measure", "protocol", "original", "quantized", "recovery", "95 % interval", "noise", "lost", "gained", "count"]
-    return [Table("Held-out text", ["measure", "original", "quantized"], shown), Text(told), figures.recovery(_rows(record)),
-            Table("All measures", header, rows) if rows else None,
-            Items([row["sentence"] for row in _rows(record) if row.get("sentence")]) if rows else None]  # fmt: skip
+    return [
+        Table("Held-out text", ["measure", "original", "quantized"], shown),
+        Text(told),
+        figures.recovery(_rows(record)),
+        Table("All measures", header, rows) if rows else None,
+        Items([row["sentence"] for row in _rows(record) if row.get("sentence")]) if rows else None,
+    ]
 
 
 # -- layers ---------------------------------------------------------------------------------------------------------------
@@ -207,8 +251,11 @@ def _time(record: dict[str, Any]) -> list[Part | None]:
     where = {"gpu": "on the GPU", "host": "main memory of the process"}
     tiles = [("peak memory", size(found), where.get(kind, kind)) for kind, found in peak.items()]
     told = ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None and not isinstance(value, dict))
-    return [figures.stages(record.get("stage_seconds") or {}, record.get("seconds")), Tiles(tiles) if tiles else None,
-            Text(f"Measured on: {told}.") if told else None]
+    return [
+        figures.stages(record.get("stage_seconds") or {}, record.get("seconds")),
+        Tiles(tiles) if tiles else None,
+        Text(f"Measured on: {told}.") if told else None,
+    ]
 
 
 # -- what a person must know before using it ------------------------------------------------------------------------------
@@ -221,8 +268,10 @@ def _left(record: dict[str, Any]) -> list[Part | None]:
         reasons.setdefault(row["reason"], []).append(row["name"])
     told += [f"Left as they were, {reason}: {_some(names)}." for reason, names in reasons.items()]
     fallbacks = {layer["name"]: layer.get("fallback") for block in _blocks(record) for layer in block["layers"]}
-    told += [f"Rounded to nearest: {layer}" + (f" ({fallbacks[layer]})" if fallbacks.get(layer) else "") + "."
-             for layer in assembly.get("fallback_layers") or []]
+    told += [
+        f"Rounded to nearest: {layer}" + (f" ({fallbacks[layer]})" if fallbacks.get(layer) else "") + "."
+        for layer in assembly.get("fallback_layers") or []
+    ]
     untuned = assembly.get("untuned_blocks") or []
     told += [f"Block tuning made these blocks no better and was not kept: {_some([str(block) for block in untuned])}."] if untuned else []
     unused = assembly.get("unused_source_tensors") or []
@@ -237,8 +286,10 @@ def _some(names: list[str]) -> str:
 
 
 def _loads(record: dict[str, Any]) -> list[Part | None]:
-    rows = [[f"{row['consumer']} {row['version']}", "yes" if row["loads"] else "no", "; ".join(row["reasons"])]
-            for row in (record.get("assembly") or {}).get("loads") or []]
+    rows = [
+        [f"{row['consumer']} {row['version']}", "yes" if row["loads"] else "no", "; ".join(row["reasons"])]
+        for row in (record.get("assembly") or {}).get("loads") or []
+    ]
     return [Table("By the rules of each", ["software", "loads", "why not"], rows) if rows else None]
 
 
@@ -261,12 +312,25 @@ def as_yaml(config: dict[str, Any]) -> str:
 def _again(record: dict[str, Any]) -> list[Part | None]:
     if not record.get("config"):
         return []
-    data = [[role, str(found.get("source")), number(found.get("windows")), number(found.get("seqlen")), str(found.get("digest"))]
-            for role in ("calibration", "evaluation") if (found := record.get(f"{role}_data"))]
-    known_by = {"run": record.get("id"), "work (model, text, config, code)": record.get("key"), "started": record.get("started"),
-                "checkpoint": record.get("out"), "Prefect flow run": record.get("prefect_flow_run_id")}
-    return [Text("Save the config as run.yaml and run the command in the same working directory: the checkpoint is the same to the byte on "
-                 "the same machine and versions."),
-            Code("The command", "python -m flows quantize run.yaml"), Code("The config", as_yaml(record["config"]), "run.yaml"),
-            Table("Texts", ["text", "source", "windows", "tokens each", "digest"], data) if data else None,
-            Table("Known by", ["what", "value"], [[what, str(value)] for what, value in known_by.items() if value])]  # fmt: skip
+    data = [
+        [role, str(found.get("source")), number(found.get("windows")), number(found.get("seqlen")), str(found.get("digest"))]
+        for role in ("calibration", "evaluation")
+        if (found := record.get(f"{role}_data"))
+    ]
+    known_by = {
+        "run": record.get("id"),
+        "work (model, text, config, code)": record.get("key"),
+        "started": record.get("started"),
+        "checkpoint": record.get("out"),
+        "Prefect flow run": record.get("prefect_flow_run_id"),
+    }
+    return [
+        Text(
+            "Save the config as run.yaml and run the command in the same working directory: the checkpoint is the same to the byte on "
+            "the same machine and versions."
+        ),
+        Code("The command", "python -m flows quantize run.yaml"),
+        Code("The config", as_yaml(record["config"]), "run.yaml"),
+        Table("Texts", ["text", "source", "windows", "tokens each", "digest"], data) if data else None,
+        Table("Known by", ["what", "value"], [[what, str(value)] for what, value in known_by.items() if value]),
+    ]

@@ -197,9 +197,11 @@ def main() -> None:
             with log.open("a") as file:
                 file.write(json.dumps(results[-1]) + "\n")
             print({key: round(value, 5) if isinstance(value, float) else value for key, value in results[-1].items()}, flush=True)
-    head = (f"{Path(args.model).name}, {args.samples} × {args.seqlen} calibration tokens, mean ± half the range of the draws, "
-            f"{heldout.count} × {args.seqlen} held-out tokens, original perplexity {results[0]['original_perplexity']:.3f}; "
-            f"{datetime.date.today()}, {args.threads} thread of {platform.machine()}, torch {torch.__version__}.")  # fmt: skip
+    head = (
+        f"{Path(args.model).name}, {args.samples} × {args.seqlen} calibration tokens, mean ± half the range of the draws, "
+        f"{heldout.count} × {args.seqlen} held-out tokens, original perplexity {results[0]['original_perplexity']:.3f}; "
+        f"{datetime.date.today()}, {args.threads} thread of {platform.machine()}, torch {torch.__version__}."
+    )
     report(results, args.out, head)
 
 

@@ -50,8 +50,11 @@ def main(args: argparse.Namespace) -> None:
         chosen = choose(config, selection, {unit.name: (unit.loss, unit.kl) for unit in screened.units})
         rivals = [measure(at_random(config, selection, chosen, seed).apply(config)) for seed in range(args.random)]
         shares = ", ".join(f"{bits}: {share:.0%}" for bits, share in chosen.shares.items())
-        print(f"| {chosen.bits_per_weight:.3f} | {between(uniform, budget):.5f} | {mean(rivals):.5f} | {min(rivals):.5f} | "
-              f"**{measure(chosen.apply(config)):.5f}** | {chosen.predicted_kl:.5f} | {shares} |", flush=True)  # fmt: skip
+        print(
+            f"| {chosen.bits_per_weight:.3f} | {between(uniform, budget):.5f} | {mean(rivals):.5f} | {min(rivals):.5f} | "
+            f"**{measure(chosen.apply(config)):.5f}** | {chosen.predicted_kl:.5f} | {shares} |",
+            flush=True,
+        )
 
 
 def wanted(args: argparse.Namespace, budget: float) -> QuantizeConfig:

@@ -29,10 +29,18 @@ def rounded_to_nearest(members: list[Member], *_: Any) -> Iterator[tuple]:
     """Takes the place of the engine's solver."""
     for member in members:
         out_features, in_features = member.weight.shape
-        yield member.name, round_to_nearest(member.weight.float(), member.config), {
-            "name": member.name, "bits": member.config.bits, "group_size": member.config.group_size, "fallback": "by request",
-            "in_features": in_features, "out_features": out_features,
-        }  # fmt: skip
+        yield (
+            member.name,
+            round_to_nearest(member.weight.float(), member.config),
+            {
+                "name": member.name,
+                "bits": member.config.bits,
+                "group_size": member.config.group_size,
+                "fallback": "by request",
+                "in_features": in_features,
+                "out_features": out_features,
+            },
+        )
 
 
 def judge(solve: Callable[..., Iterator[tuple]], config: QuantizeConfig, calibration: Windows, heldout: Windows) -> dict:

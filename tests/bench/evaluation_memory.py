@@ -28,8 +28,16 @@ COPIES = 5
 
 def make(folder: Path, vocabulary: int, seqlen: int) -> Windows:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32,
-                                      num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=seqlen)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        head_dim=32,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=seqlen,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     windows = Windows(torch.randint(0, vocabulary, (3, seqlen)), "random ids", 3)
     quantize(str(folder / "model"), QuantizeConfig(bits=4, group_size=64), windows, folder / "out")

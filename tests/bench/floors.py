@@ -97,9 +97,10 @@ def sweep_flop(n: int, rows: int) -> tuple[float, float]:
 def floors(run: Quantization, rates: Rates) -> dict[str, Floor]:
     """By stage, of a run that is complete; the formulas stand at the top."""
     config = run.config
-    inputs, sums, tall = (str(dtype).removeprefix("torch.") for dtype in (
-        run.dtype, products_dtype(run.dtype, run.device), solver.products_dtype(run.dtype, run.device)
-    ))  # fmt: skip
+    inputs, sums, tall = (
+        str(dtype).removeprefix("torch.")
+        for dtype in (run.dtype, products_dtype(run.dtype, run.device), solver.products_dtype(run.dtype, run.device))
+    )
     tokens, groups = run.windows.tokens.numel(), _groups(run)
     amounts = {"forward": (_forward(run), inputs), "hessian": (tokens * sum(n * n for n, _, _ in groups), sums)}
     rounds = max(config.descent, 1) if config.refit or config.descent else 0
@@ -165,11 +166,13 @@ def _joined(found: dict[str, Floor]) -> dict[str, Floor]:
         stages.setdefault(name.partition(":")[0], []).append(part)
     return {
         name: Floor(
-            sum(part.amount for part in parts), parts[0].unit, " + ".join(dict.fromkeys(part.rate for part in parts)),
+            sum(part.amount for part in parts),
+            parts[0].unit,
+            " + ".join(dict.fromkeys(part.rate for part in parts)),
             sum(part.seconds for part in parts),
         )
         for name, parts in stages.items()
-    }  # fmt: skip
+    }
 
 
 def stage_records(seconds: dict[str, float], found: dict[str, Floor]) -> dict[str, dict[str, Any]]:
@@ -190,8 +193,12 @@ def table(stages: dict[str, dict[str, Any]], wall: float) -> str:
         if floor := own.get("floor"):
             ratio = f"{own['ratio']:.1f}"
             achieved = f"{floor['amount'] / own['seconds'] / 1e9:.1f} G/s" if own["seconds"] else ""
-            cells[3:] = [f"{floor['seconds']:.3f}", f"**{ratio}**" if own["ratio"] > SUSPECT else ratio,
-                         f"{floor['amount']:.3g} {floor['unit']} ({floor['rate']})", achieved]  # fmt: skip
+            cells[3:] = [
+                f"{floor['seconds']:.3f}",
+                f"**{ratio}**" if own["ratio"] > SUSPECT else ratio,
+                f"{floor['amount']:.3g} {floor['unit']} ({floor['rate']})",
+                achieved,
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     least_of_all = sum(own["floor"]["seconds"] for own in stages.values() if "floor" in own)
     counted = sum(own["seconds"] for own in stages.values())
@@ -202,5 +209,7 @@ def table(stages: dict[str, dict[str, Any]], wall: float) -> str:
 
 def rates_line(rates: Rates) -> str:
     products = ", ".join(f"{name} product {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.products.items())
-    return (f"Measured in this run: {products}, elementwise {rates.elementwise / 1e9:.1f} G/s, copy {rates.copy / 1e9:.1f} GB/s, sha256 "
-            f"{rates.digest / 1e9:.2f} GB/s, on all cores {rates.digests / 1e9:.2f} GB/s.")  # fmt: skip
+    return (
+        f"Measured in this run: {products}, elementwise {rates.elementwise / 1e9:.1f} G/s, copy {rates.copy / 1e9:.1f} GB/s, sha256 "
+        f"{rates.digest / 1e9:.2f} GB/s, on all cores {rates.digests / 1e9:.2f} GB/s."
+    )

@@ -74,23 +74,42 @@ def concluded(found: dict[str, Any], blocks: int, of: int) -> dict[str, Any]:
 
 def document(results: dict[str, Any], rates: Rates) -> str:
     setting, runs = results["setting"], results["runs"]
-    columns = ["recipe", "s", "tokens/s", "TFLOP", "TFLOP/s", "floor of the products, s", "floor, s", "GPU allocated, GB", "reserved, GB",
-               "host, GB"]  # fmt: skip
+    columns = [
+        "recipe",
+        "s",
+        "tokens/s",
+        "TFLOP",
+        "TFLOP/s",
+        "floor of the products, s",
+        "floor, s",
+        "GPU allocated, GB",
+        "reserved, GB",
+        "host, GB",
+    ]
     extrapolated = any("extrapolated_seconds" in run for run in runs.values())
     if extrapolated:
         columns.insert(2, f"EXTRAPOLATED to {setting['of']} blocks, s")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for recipe, run in runs.items():
         memory = [f"{run['peak_bytes'][kind] / 1e9:.1f}" if kind in run["peak_bytes"] else "" for kind in ("allocated", "reserved", "host")]
-        cells = [recipe, f"{run['seconds']:.1f}", f"{run['tokens_a_second']:.0f}", f"{run['flop'] / 1e12:.2f}",
-                 f"{run['flop_a_second'] / 1e12:.2f}", f"{run['flop_floor_seconds']:.2f}", f"{run['floor_seconds']:.2f}"]  # fmt: skip
+        cells = [
+            recipe,
+            f"{run['seconds']:.1f}",
+            f"{run['tokens_a_second']:.0f}",
+            f"{run['flop'] / 1e12:.2f}",
+            f"{run['flop_a_second'] / 1e12:.2f}",
+            f"{run['flop_floor_seconds']:.2f}",
+            f"{run['floor_seconds']:.2f}",
+        ]
         cells += memory
         if extrapolated:
             cells.insert(2, f"{run['extrapolated_seconds']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"\n{recipe}: {told}" for recipe, told in results["failures"].items()]
-    lines.append(f"\n{results['model_bytes'] / 1e9:.2f} GB of model written in {results['model_seconds']:.1f} s, in {results['files']}. "
-                 + rates_line(rates))  # fmt: skip
+    lines.append(
+        f"\n{results['model_bytes'] / 1e9:.2f} GB of model written in {results['model_seconds']:.1f} s, in {results['files']}. "
+        + rates_line(rates)
+    )
     for recipe, run in runs.items():
         around = ", ".join(f"{part} {run[part]:.1f} s" for part in ("open", "capture", "all_blocks", "assemble")).replace("_", " ")
         around += f"; before it the context of the device {run['context']:.1f} s" if "gpu" in results["machine"] else ""
@@ -128,8 +147,15 @@ def main() -> None:
     whole = SHAPES[args.shape]
     shape = whole | {"num_hidden_layers": args.blocks or whole["num_hidden_layers"]}
     blocks, of = shape["num_hidden_layers"], whole["num_hidden_layers"]
-    setting = {"shape": args.shape, "blocks": blocks, "of": of, "windows": args.windows, "seqlen": args.seqlen, "bits": args.bits,
-               "group_size": args.group_size}  # fmt: skip
+    setting = {
+        "shape": args.shape,
+        "blocks": blocks,
+        "of": of,
+        "windows": args.windows,
+        "seqlen": args.seqlen,
+        "bits": args.bits,
+        "group_size": args.group_size,
+    }
     results, others = begun(setting, device), Others()
     rates = measure(device, {torch.bfloat16}, args.quick)
     results |= {"rates": rates.record(), "runs": {}, "failures": {}}

@@ -102,11 +102,17 @@ def document(results: dict[str, Any]) -> str:
         lines.append(f"| {row['tokens']} | {' | '.join(cells)} |")
     for name, own in results["tokens"]["lines"].items():
         told = "the whole run" if name == "seconds" else name
-        lines.append(f"\nLine of {told}: {own['a token'] * 1e6:.1f} µs a token and {own['at no token']:.2f} s besides; "
-                     f"farthest off by {own['farthest off']:.1%}.")  # fmt: skip
+        lines.append(
+            f"\nLine of {told}: {own['a token'] * 1e6:.1f} µs a token and {own['at no token']:.2f} s besides; "
+            f"farthest off by {own['farthest off']:.1%}."
+        )
     own = results["fixed"]
-    lines += ["", "## Fixed", "", f"Imports {own['imports']:.2f} s; then the smallest run {own['first']:.2f} s, the next one "
-              f"{own['second']:.2f} s."]  # fmt: skip
+    lines += [
+        "",
+        "## Fixed",
+        "",
+        f"Imports {own['imports']:.2f} s; then the smallest run {own['first']:.2f} s, the next one {own['second']:.2f} s.",
+    ]
     return head(results, "Growth") + "\n\n" + "\n".join(lines)
 
 

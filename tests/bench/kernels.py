@@ -47,20 +47,47 @@ def problems(rows: int, inputs: int, device: torch.device) -> Iterator[Problem]:
     damped.diagonal().add_(0.1)
     feedback = torch.linalg.cholesky(damped, upper=True)
     feedback = (feedback / feedback.diagonal().unsqueeze(1)).contiguous()
-    yield (f"sweep, {BLOCK} × {rows}", lambda: (now.clone(), feedback, found, zeros, group, MAX_CODE), columns.round_columns,
-           lambda _given, codes: codes)  # fmt: skip
+    yield (
+        f"sweep, {BLOCK} × {rows}",
+        lambda: (now.clone(), feedback, found, zeros, group, MAX_CODE),
+        columns.round_columns,
+        lambda _given, codes: codes,
+    )
     codes = torch.randint(MAX_CODE + 1, (BLOCK, rows), generator=draws, device=device).to(torch.uint8)
     target, here, diagonal = normal(inputs, rows), torch.arange(BLOCK, device=device), normal(BLOCK).abs()
-    yield (f"books, {BLOCK} × {rows}",
-           lambda: (codes, now.clone(), target, here, found, zeros, group, diagonal, torch.empty_like(target, dtype=torch.uint8),
-                    torch.empty_like(now), torch.empty_like(now), now.new_zeros(rows)),
-           columns.settle, lambda given, _none: given[9].bfloat16())  # fmt: skip
+    yield (
+        f"books, {BLOCK} × {rows}",
+        lambda: (
+            codes,
+            now.clone(),
+            target,
+            here,
+            found,
+            zeros,
+            group,
+            diagonal,
+            torch.empty_like(target, dtype=torch.uint8),
+            torch.empty_like(now),
+            torch.empty_like(now),
+            now.new_zeros(rows),
+        ),
+        columns.settle,
+        lambda given, _none: given[9].bfloat16(),
+    )
     slope = damped @ normal(BLOCK, rows).mul_(0.05)
-    yield (f"descent, {BLOCK} × {rows}", lambda: (codes.clone(), slope.clone(), found[0], zeros[0], MAX_CODE, damped),
-           descent.descend_columns, lambda given, _change: given[0])  # fmt: skip
+    yield (
+        f"descent, {BLOCK} × {rows}",
+        lambda: (codes.clone(), slope.clone(), found[0], zeros[0], MAX_CODE, damped),
+        descent.descend_columns,
+        lambda given, _change: given[0],
+    )
     weights, importance = normal(groups, BLOCK, rows), normal(groups, BLOCK).square()
-    yield (f"scales, {groups} × {BLOCK} × {rows}", lambda: (weights, importance, MAX_CODE, None), scales.search,
-           lambda _given, result: result[0])  # fmt: skip
+    yield (
+        f"scales, {groups} × {BLOCK} × {rows}",
+        lambda: (weights, importance, MAX_CODE, None),
+        scales.search,
+        lambda _given, result: result[0],
+    )
 
 
 def sums(inputs: int, device: torch.device) -> Iterator[Problem]:
@@ -100,8 +127,13 @@ def compare(problem: Problem, device: torch.device, times: int) -> dict[str, Any
         with mock.patch.multiple(dispatch, kernels=lambda *_tensors: None, compiles_products=lambda: False):
             spent, theirs = once(problem, device)
         twin.append(spent)
-    return {"what": problem[0], "kernel": statistics.median(kernel[1:]), "twin": statistics.median(twin[1:]), "first": kernel[0],
-            "alike": float((ours == theirs).double().mean())}  # fmt: skip
+    return {
+        "what": problem[0],
+        "kernel": statistics.median(kernel[1:]),
+        "twin": statistics.median(twin[1:]),
+        "first": kernel[0],
+        "alike": float((ours == theirs).double().mean()),
+    }
 
 
 def main() -> None:

@@ -20,15 +20,45 @@ from gptq_core import Quantization, QuantizeConfig, Windows, architecture
 
 _LLAMA_3 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "dtype": "bfloat16", "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {**_LLAMA_3, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 8},
-    "1b": {**_LLAMA_3, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-    "small": {**_LLAMA_3, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
-              "num_attention_heads": 8, "num_key_value_heads": 4},
-    "tiny": {**_LLAMA_3, "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
+    "8b": {
+        **_LLAMA_3,
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "1b": {
+        **_LLAMA_3,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "small": {
+        **_LLAMA_3,
+        "vocab_size": 1024,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "tiny": {
+        **_LLAMA_3,
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
 """Llama-3-8B, Llama-3.2-1B, and two for the CPU."""
 SPREAD = 0.02
 """Standard deviation of the weights, as transformers initializes them."""
@@ -101,8 +131,13 @@ def quantize(
         stages = run.stage_seconds  # waits for a GPU
         ended = time.perf_counter()
         return {
-            "seconds": ended - started, "open": opened - started, "capture": captured - opened, "blocks": blocks,
-            "all_blocks": walked - captured, "assemble": ended - walked, "tokens": windows.tokens.numel(),
+            "seconds": ended - started,
+            "open": opened - started,
+            "capture": captured - opened,
+            "blocks": blocks,
+            "all_blocks": walked - captured,
+            "assemble": ended - walked,
+            "tokens": windows.tokens.numel(),
             "dtype": str(run.dtype).removeprefix("torch."),
             "stages": stage_records(stages, floors(run, rates)) if rates else {name: {"seconds": value} for name, value in stages.items()},
-        }  # fmt: skip
+        }

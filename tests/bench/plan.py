@@ -18,10 +18,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "flows" / "embedded"
 LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "dtype": "bfloat16",
-    "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
 
 
 def flows(*args: str) -> str:
@@ -30,10 +40,18 @@ def flows(*args: str) -> str:
 
 def compare(model: str, text: str, recipe: str, folder: Path) -> str:
     out, request = folder / f"{Path(model).name}-{recipe}", folder / "run.yaml"
-    request.write_text(json.dumps({
-        "model": {"path": model}, "quantization": {"bits": 4, "dataset": text, "recipe": recipe}, "output": {"dir": str(out)},
-        "calibration": {"samples": 32}, "evaluation": {"samples": 8}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
-    }))  # fmt: skip
+    request.write_text(
+        json.dumps(
+            {
+                "model": {"path": model},
+                "quantization": {"bits": 4, "dataset": text, "recipe": recipe},
+                "output": {"dir": str(out)},
+                "calibration": {"samples": 32},
+                "evaluation": {"samples": 8},
+                "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+            }
+        )
+    )
     plan = json.loads(flows("plan", str(request), "--json"))
     flows("quantize", str(request))
     real = json.loads(Path(f"{out}.run.json").read_text())

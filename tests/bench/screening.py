@@ -69,14 +69,18 @@ def main() -> None:
         runs.append(exact(args.model, config, calibration, heldout))
         kl, made, judged = runs[-1]
         cell = found[name]
-        print(f"| {name} | {cell.bits_per_weight:.3f} | {cell.kl:.5f} | {kl:.5f} | {cell.seconds:.1f} | {made:.1f} | {judged:.1f} |",
-              flush=True)  # fmt: skip
+        print(
+            f"| {name} | {cell.bits_per_weight:.3f} | {cell.kl:.5f} | {kl:.5f} | {cell.seconds:.1f} | {made:.1f} | {judged:.1f} |",
+            flush=True,
+        )
     made, judged = (sum(run[at] for run in runs) for at in (1, 2))
     same, pairs = agreeing([cell.kl for cell in found.values()], [run[0] for run in runs])
-    print(f"\n{Path(args.model).name}, {calibration.count} × {args.seqlen} calibration and {heldout.count} × {args.seqlen} held-out, "
-          f"{args.threads} thread: screening {screening:.1f} s; {len(runs)} exact runs {made:.1f} s, their evaluations {judged:.1f} s: "
-          f"{(made + judged) / screening:.2f} times the screening, {made / screening:.2f} without the evaluations. "
-          f"{same} of {pairs} pairs in the same order.")  # fmt: skip
+    print(
+        f"\n{Path(args.model).name}, {calibration.count} × {args.seqlen} calibration and {heldout.count} × {args.seqlen} held-out, "
+        f"{args.threads} thread: screening {screening:.1f} s; {len(runs)} exact runs {made:.1f} s, their evaluations {judged:.1f} s: "
+        f"{(made + judged) / screening:.2f} times the screening, {made / screening:.2f} without the evaluations. "
+        f"{same} of {pairs} pairs in the same order."
+    )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,16 @@ PEERS: dict[str, tuple[str, list[str]]] = {
     "autoround": ("run_autoround.py", []),
 }
 """Name to adapter and its own arguments."""
-WIDE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "max_position_embeddings": 2048, "tie_word_embeddings": False}  # fmt: skip
+WIDE = {
+    "vocab_size": 4096,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
 
 
 def make_wide(folder: Path) -> Windows:
@@ -96,16 +104,30 @@ class Bench:
         self.commands |= {name: self._command(python, *PEERS[name]) for name, python in args.peer}
         ours = f"ours: {'tuned' if 'tuned' in args.recipes else args.recipes[0]}"
         self.results: dict[str, Any] = {
-            "date": datetime.datetime.now().isoformat(timespec="minutes"), "machine": machine(), "ours": ours,
+            "date": datetime.datetime.now().isoformat(timespec="minutes"),
+            "machine": machine(),
+            "ours": ours,
             "setting": {
-                "model": model.name, "bits": args.bits, "group_size": args.group_size, "threads": args.threads, "dtype": args.dtype,
+                "model": model.name,
+                "bits": args.bits,
+                "group_size": args.group_size,
+                "threads": args.threads,
+                "dtype": args.dtype,
                 "own_dtype": args.own_dtype,
-                "windows": calibration.count, "seqlen": calibration.seqlen, "calibration": calibration.source,
-                "tokens_sha256": calibration.digest, "rounds": args.rounds, "warmup": args.warmup,
+                "windows": calibration.count,
+                "seqlen": calibration.seqlen,
+                "calibration": calibration.source,
+                "tokens_sha256": calibration.digest,
+                "rounds": args.rounds,
+                "warmup": args.warmup,
             },
-            "heldout": heldout.count * (heldout.seqlen - 1) if heldout else 0, "engines": list(self.commands), "versions": {}, "runs": [],
-            "quality": {}, "failures": {},
-        }  # fmt: skip
+            "heldout": heldout.count * (heldout.seqlen - 1) if heldout else 0,
+            "engines": list(self.commands),
+            "versions": {},
+            "runs": [],
+            "quality": {},
+            "failures": {},
+        }
 
     def _command(self, python: str, script: str, own: list[str]) -> list[str]:
         settings = {name: getattr(self.args, name) for name in ("bits", "group_size", "threads")}
@@ -130,8 +152,10 @@ class Bench:
             self.results["versions"][name] = found.pop("versions")
             self.results["runs"].append({"engine": name, "round": index, **found})
             step = found["quantize"]
-            print(f"round {index}, {name}: {step['cpu_seconds']:.1f} CPU s, {step['seconds']:.1f} s, {step['peak_bytes'] / 1e6:.0f} MB",
-                  flush=True)  # fmt: skip
+            print(
+                f"round {index}, {name}: {step['cpu_seconds']:.1f} CPU s, {step['seconds']:.1f} s, {step['peak_bytes'] / 1e6:.0f} MB",
+                flush=True,
+            )
 
     def write(self) -> None:
         """Both files, after every round: a bench that is stopped leaves what it has."""

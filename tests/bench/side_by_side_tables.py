@@ -53,8 +53,9 @@ def stage_table(results: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for runs in ours.values() for run in runs for name in run["stages"]))
     lines = ["| wall s | " + " | ".join(ours) + " |", "|---" * (1 + len(ours)) + "|"]
     for name in names:
-        lines.append(f"| {name} | " + " | ".join(share(runs, lambda run, name=name: run["stages"].get(name, 0.0)) for runs in ours.values())
-                     + " |")  # fmt: skip
+        lines.append(
+            f"| {name} | " + " | ".join(share(runs, lambda run, name=name: run["stages"].get(name, 0.0)) for runs in ours.values()) + " |"
+        )
     lines.append("| outside the stages | " + " | ".join(share(runs, rest) for runs in ours.values()) + " |")
     lines.append("| all | " + " | ".join(number(statistics.median(map(wall, runs)), 2) for runs in ours.values()) + " |")
     return "\n".join(lines)
@@ -94,24 +95,31 @@ def head(results: dict[str, Any]) -> str:
     versions = sorted({f"{name} {version}" for found in results["versions"].values() for name, version in found.items()})
     memory, rounds = machine["memory_bytes"] / 2**30, max((run["round"] for run in results["runs"]), default=-1) + 1
     instructions = " ".join(machine["instructions"]) or machine["architecture"]
-    return "\n".join([
-        f"# {setting['model']}, {setting['bits']} bits, group {setting['group_size']}, {setting['threads']} "
-        f"thread{'s' * (setting['threads'] > 1)}", "",
-        f"{results['date']}. {setting['windows']} × {setting['seqlen']} calibration tokens ({setting['calibration']}), symmetric, "
-        f"dtype {setting['own_dtype']} for ours and {setting['dtype']} for peers; medians of {rounds} rounds, "
-        f"{setting['warmup']} before them discarded; ratios to "
-        f"{results['ours']} of the same round.", "",
-        f"{machine['processor']}, {machine['cores']} cores, {memory:.0f} GiB; {instructions}. {disturbed}", "",
-        f"{', '.join(versions)}.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"# {setting['model']}, {setting['bits']} bits, group {setting['group_size']}, {setting['threads']} "
+            f"thread{'s' * (setting['threads'] > 1)}",
+            "",
+            f"{results['date']}. {setting['windows']} × {setting['seqlen']} calibration tokens ({setting['calibration']}), symmetric, "
+            f"dtype {setting['own_dtype']} for ours and {setting['dtype']} for peers; medians of {rounds} rounds, "
+            f"{setting['warmup']} before them discarded; ratios to "
+            f"{results['ours']} of the same round.",
+            "",
+            f"{machine['processor']}, {machine['cores']} cores, {memory:.0f} GiB; {instructions}. {disturbed}",
+            "",
+            f"{', '.join(versions)}.",
+        ]
+    )
 
 
 def document(results: dict[str, Any]) -> str:
     """The whole file."""
-    note = ("The step of a peer is its quantize call on a model that is in memory; loading and saving stand in a column of their own. "
-            "Ours opens the folders and makes an empty model before, and writes what is in no block after; the blocks are read, packed "
-            "and written inside. Peak: highest resident set of the process during the step; before it, the libraries are in memory, and "
-            "of a peer the model.")  # fmt: skip
+    note = (
+        "The step of a peer is its quantize call on a model that is in memory; loading and saving stand in a column of their own. "
+        "Ours opens the folders and makes an empty model before, and writes what is in no block after; the blocks are read, packed "
+        "and written inside. Peak: highest resident set of the process during the step; before it, the libraries are in memory, and "
+        "of a peer the model."
+    )
     parts = [head(results), main_table(results), note]
     if results["heldout"]:
         parts.append(f"Perplexity and KL of the checkpoints of the first round by one evaluator, on {results['heldout']} held-out tokens.")

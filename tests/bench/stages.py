@@ -57,8 +57,15 @@ def main() -> None:
         model = args.model.resolve() if args.model else folder / "wide"
         calibration = windows(args.calibration, str(model), args.seqlen, args.samples, 0) if args.model else make_wide(model)
         dtype = architecture.choose_dtype(args.dtype, architecture.load_config(model), device)
-        setting = {"model": model.name, "recipe": args.recipe, "bits": args.bits, "group_size": args.group_size,
-                   "windows": calibration.count, "seqlen": calibration.seqlen, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+        setting = {
+            "model": model.name,
+            "recipe": args.recipe,
+            "bits": args.bits,
+            "group_size": args.group_size,
+            "windows": calibration.count,
+            "seqlen": calibration.seqlen,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         results, others = begun(setting, device), Others()
         rates = measure(device, {dtype}, args.quick)
         found = quantize(model, config, calibration, folder / "out", device=args.device, dtype=args.dtype, rates=rates)

@@ -45,9 +45,16 @@ def main() -> None:
     found["exact"] = timed("sweep", args.run, *axes, f"--out={args.out}/exact", tracking, any_choice)
     found["again"] = timed("sweep", args.run, *axes, f"--out={args.out}/exact", tracking, any_choice)
     found["screening"] = timed("sweep", args.run, *axes, f"--out={args.out}/screening", "--mode=screening", tracking, any_choice)
-    single = [timed("quantize", args.run, f"--out={args.out}/single/{cell.name}", tracking,
-                    *(f"--set=quantization.{axis}={json.dumps(value)}" for axis, value in cell.settings.items()))
-              for cell in cells]  # fmt: skip
+    single = [
+        timed(
+            "quantize",
+            args.run,
+            f"--out={args.out}/single/{cell.name}",
+            tracking,
+            *(f"--set=quantization.{axis}={json.dumps(value)}" for axis, value in cell.settings.items()),
+        )
+        for cell in cells
+    ]
     found["single runs"] = tuple(map(sum, zip(*single, strict=True)))
     for name in ("exact", "screening"):
         found[f"{name} / single runs"] = tuple(a / b for a, b in zip(found[name], found["single runs"], strict=True))

@@ -149,9 +149,17 @@ def test_a_checkpoint_of_autoround(config, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokens = windows().tokens
     writer = auto_round.AutoRound(
-        dense, tokenizer, **config, iters=1, dataset=list(tokens.split(2)), seqlen=tokens.shape[1], nsamples=len(tokens),
-        batch_size=2, device_map="cpu", enable_torch_compile=False,
-    )  # fmt: skip
+        dense,
+        tokenizer,
+        **config,
+        iters=1,
+        dataset=list(tokens.split(2)),
+        seqlen=tokens.shape[1],
+        nsamples=len(tokens),
+        batch_size=2,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
     writer.quantize()
     writer.save_quantized(str(tmp_path / "out"), format="auto_gptq", inplace=True)
     if config["sym"]:

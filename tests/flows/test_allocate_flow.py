@@ -20,9 +20,31 @@ def call(*args):
 
 @pytest.fixture
 def args(tmp_path, tiny_llama, corpus):
-    return ["quantize", "--model", tiny_llama, "--dataset", corpus, "--bits", 4, "--group-size", 32, "--samples", 8, "--seqlen", 64,
-            "--device", "cpu", "--out", tmp_path / "out", "--set", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
-            "--set", "evaluation.samples=4", "--set", BUDGET]
+    return [
+        "quantize",
+        "--model",
+        tiny_llama,
+        "--dataset",
+        corpus,
+        "--bits",
+        4,
+        "--group-size",
+        32,
+        "--samples",
+        8,
+        "--seqlen",
+        64,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+        "--set",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        "--set",
+        "evaluation.samples=4",
+        "--set",
+        BUDGET,
+    ]
 
 
 @pytest.fixture
@@ -75,12 +97,15 @@ def test_widths_are_chosen_once_and_recorded(args, chosen, tmp_path, monkeypatch
     assert records.read(tmp_path / "out")["allocation"]["bits_per_weight"] <= 3.0
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ("quantization.allocate={bits: [2, 4], budget_gb: 5}", "quantization.allocate.budget_gb = 5: the quantized linears take"),
-    ("quantization.allocate={bits: [2, 4], budget_bpw: 5}", "quantization.allocate: budget_bpw = 5: the widths [2, 4] allow 2 to 4"),
-    ("output.profile=portable", "output.profile = 'portable' excludes quantization.allocate"),
-    ("quantization.dynamic={a: {bits: 8}}", "allocate writes the rules itself"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("quantization.allocate={bits: [2, 4], budget_gb: 5}", "quantization.allocate.budget_gb = 5: the quantized linears take"),
+        ("quantization.allocate={bits: [2, 4], budget_bpw: 5}", "quantization.allocate: budget_bpw = 5: the widths [2, 4] allow 2 to 4"),
+        ("output.profile=portable", "output.profile = 'portable' excludes quantization.allocate"),
+        ("quantization.dynamic={a: {bits: 8}}", "allocate writes the rules itself"),
+    ],
+)
 def test_refused_before_any_work(args, chosen, tmp_path, setting, said):
     result = call(*args, "--set", setting)
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.stderr
@@ -90,7 +115,8 @@ def test_refused_before_any_work(args, chosen, tmp_path, setting, said):
 def test_the_plan_presumes_widths_within_the_budget(tiny_llama, corpus, tmp_path, chosen):
     (tmp_path / "run.yaml").write_text(
         f"model: {{path: {tiny_llama}}}\n"
-        f"quantization: {{bits: 4, group_size: 32, dataset: {corpus}, allocate: {{bits: [4, 8], budget_bpw: 5}}}}\n")
+        f"quantization: {{bits: 4, group_size: 32, dataset: {corpus}, allocate: {{bits: [4, 8], budget_bpw: 5}}}}\n"
+    )
     found = json.loads(call("plan", tmp_path / "run.yaml", "--json").stdout)
     assert 4.9 < found["bits_per_weight"] < 5 + 1.7 and chosen == []
     assert {row["consumer"] for row in found["loads"] if not row["loads"]} == {"transformers"}

@@ -37,40 +37,47 @@ def broken(tmp_path, tiny_llama, corpus, monkeypatch):
 GOOD = ["--model", "good", "--dataset", "good.txt", "--bits", "4", "--group-size", "32"]
 
 
-@pytest.mark.parametrize("args, said", [
-    ([*GOOD, "--bits", "5"], "quantization.bits = 5"),
-    ([*GOOD, "--group-size", "0"], "quantization.group_size = 0"),
-    ([*GOOD, "--group-size", "96"], "group_size 96 does not divide"),
-    ([*GOOD, "--model", "gone"], "'gone': no such folder"),
-    ([*GOOD, "--model", "pickled"], "pickle"),
-    ([*GOOD, "--dataset", "empty.txt"], "empty"),
-    ([*GOOD, "--dataset", "short.txt"], "shorter than one window"),
-    ([*GOOD, "--dataset", "gone.txt"], "gone.txt"),
-    ([*GOOD, "--eval-dataset", "short.txt"], "shorter than one window"),
-    ([*GOOD, "--set", "quantization.gruop_size=32"], "did you mean 'group_size'"),
-    ([*GOOD, "--set", "quantization.bits"], "key.path=value"),
-    ([*GOOD, "--format", "awq"], "quantization.format = 'awq'"),
-    ([*GOOD, "--set", "quantization.backend=marlyn"], "quantization.backend = 'marlyn': did you mean 'gptq_marlin'?"),
-    ([*GOOD, "--set", "quantization.backend=marlin", "--device", "cpu"], "backend = 'marlin': needs the package gptqmodel"),
-    ([*GOOD, "--damp-percent", "1"], "damp_percent"),
-    ([*GOOD, "--samples", "0"], "calibration.samples = 0"),
-    ([*GOOD, "--device", "foo"], "model.device = 'foo': must be auto, cpu, cuda or cuda:N"),
-    ([*GOOD, "--device", ""], "model.device = ''"),
-    ([*GOOD, "--device", "meta"], "model.device = 'meta'"),
-    ([*GOOD, "--seqlen", "1"], "evaluation.seqlen = 1"),
-    ([*GOOD, "--set", "tracking.uri=mlruns"], "tracking.uri = 'mlruns': must be sqlite:///FILE.db"),
-    ([*GOOD, "--desc-act", "--set", "quantization.act_group_aware=true"], "act_group_aware"),
-    ([*GOOD, "--bits", "3", "--set", "output.profile=portable"],
-     "output.profile = 'portable': vLLM 0.33 and SGLang 0.5.23 will not load this: bits 3 (must be 4 or 8): set quantization.bits; "),
-    ([*GOOD, "--asym", "--set", "output.profile=portable"], "GPTQModel 7.7 will not load this: sym false with format gptq"),
-    ([*GOOD, "--set", 'quantization.dynamic={".*down_proj": {bits: 8, desc_act: true}}', "--set", "output.profile=portable"],
-     "desc_act true at model.layers.0.mlp.down_proj"),
-    ([*GOOD, "--set", 'quantization.dynamic={".*": {}, ".*down_proj": {bits: 8}}'], "'.*down_proj' decides about no linear"),
-    ([*GOOD, "--set", "output.profile=any"], "output.profile = 'any'"),
-    (["run.yaml"], "did you mean 'group_size'"),
-    (["gone.yaml"], "gone.yaml"),
-    ([], "model.path is required"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ([*GOOD, "--bits", "5"], "quantization.bits = 5"),
+        ([*GOOD, "--group-size", "0"], "quantization.group_size = 0"),
+        ([*GOOD, "--group-size", "96"], "group_size 96 does not divide"),
+        ([*GOOD, "--model", "gone"], "'gone': no such folder"),
+        ([*GOOD, "--model", "pickled"], "pickle"),
+        ([*GOOD, "--dataset", "empty.txt"], "empty"),
+        ([*GOOD, "--dataset", "short.txt"], "shorter than one window"),
+        ([*GOOD, "--dataset", "gone.txt"], "gone.txt"),
+        ([*GOOD, "--eval-dataset", "short.txt"], "shorter than one window"),
+        ([*GOOD, "--set", "quantization.gruop_size=32"], "did you mean 'group_size'"),
+        ([*GOOD, "--set", "quantization.bits"], "key.path=value"),
+        ([*GOOD, "--format", "awq"], "quantization.format = 'awq'"),
+        ([*GOOD, "--set", "quantization.backend=marlyn"], "quantization.backend = 'marlyn': did you mean 'gptq_marlin'?"),
+        ([*GOOD, "--set", "quantization.backend=marlin", "--device", "cpu"], "backend = 'marlin': needs the package gptqmodel"),
+        ([*GOOD, "--damp-percent", "1"], "damp_percent"),
+        ([*GOOD, "--samples", "0"], "calibration.samples = 0"),
+        ([*GOOD, "--device", "foo"], "model.device = 'foo': must be auto, cpu, cuda or cuda:N"),
+        ([*GOOD, "--device", ""], "model.device = ''"),
+        ([*GOOD, "--device", "meta"], "model.device = 'meta'"),
+        ([*GOOD, "--seqlen", "1"], "evaluation.seqlen = 1"),
+        ([*GOOD, "--set", "tracking.uri=mlruns"], "tracking.uri = 'mlruns': must be sqlite:///FILE.db"),
+        ([*GOOD, "--desc-act", "--set", "quantization.act_group_aware=true"], "act_group_aware"),
+        (
+            [*GOOD, "--bits", "3", "--set", "output.profile=portable"],
+            "output.profile = 'portable': vLLM 0.33 and SGLang 0.5.23 will not load this: bits 3 (must be 4 or 8): set quantization.bits; ",
+        ),
+        ([*GOOD, "--asym", "--set", "output.profile=portable"], "GPTQModel 7.7 will not load this: sym false with format gptq"),
+        (
+            [*GOOD, "--set", 'quantization.dynamic={".*down_proj": {bits: 8, desc_act: true}}', "--set", "output.profile=portable"],
+            "desc_act true at model.layers.0.mlp.down_proj",
+        ),
+        ([*GOOD, "--set", 'quantization.dynamic={".*": {}, ".*down_proj": {bits: 8}}'], "'.*down_proj' decides about no linear"),
+        ([*GOOD, "--set", "output.profile=any"], "output.profile = 'any'"),
+        (["run.yaml"], "did you mean 'group_size'"),
+        (["gone.yaml"], "gone.yaml"),
+        ([], "model.path is required"),
+    ],
+)
 def test_wrong_input_is_one_line_and_exit_2_and_costs_nothing(broken, args, said):
     before = sorted(path.name for path in broken.iterdir())
     result = call("quantize", *args, "--out", "out")
@@ -84,7 +91,11 @@ def test_the_plan_tells_who_will_load_the_result_and_writes_nothing(broken):
     before = sorted(path.name for path in broken.iterdir())
     found = json.loads(call("plan", "run.yaml", "--json").stdout)
     assert {row["consumer"]: row["loads"] for row in found["loads"]} == {
-        "vLLM": False, "SGLang": False, "transformers": True, "GPTQModel": True}
+        "vLLM": False,
+        "SGLang": False,
+        "transformers": True,
+        "GPTQModel": True,
+    }
     assert len(found["quantized_layers"]) == 14 and 3 < found["bits_per_weight"] < 5 and found["bytes"] < found["original_bytes"]
     table = call("plan", "run.yaml", "--set", "quantization.group_size=16")
     assert table.exit_code == 0 and "bits 3 (must be 4 or 8)" in table.stdout and "group_size 16 (must be" in table.stdout
@@ -92,12 +103,19 @@ def test_the_plan_tells_who_will_load_the_result_and_writes_nothing(broken):
     assert sorted(path.name for path in broken.iterdir()) == before
 
 
-@pytest.mark.parametrize("args", [
-    ["inspect", "gone"], ["evaluate", "gone"], ["evaluate", "."], ["evaluate", ".", "--samples", "0"],
-    ["evaluate", "good", "--dataset", "good.txt", "--seqlen", "1"], ["evaluate", "good", "--dataset", "good.txt", "--device", "meta"],
-    ["evaluate", "good", "--dataset", "good.txt", "--backend", "marlyn"],
-    ["evaluate", "good", "--dataset", "good.txt", "--backend", "marlin"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["inspect", "gone"],
+        ["evaluate", "gone"],
+        ["evaluate", "."],
+        ["evaluate", ".", "--samples", "0"],
+        ["evaluate", "good", "--dataset", "good.txt", "--seqlen", "1"],
+        ["evaluate", "good", "--dataset", "good.txt", "--device", "meta"],
+        ["evaluate", "good", "--dataset", "good.txt", "--backend", "marlyn"],
+        ["evaluate", "good", "--dataset", "good.txt", "--backend", "marlin"],
+    ],
+)
 def test_a_checkpoint_that_is_none_is_one_line_and_exit_2(broken, args):
     result = call(*args)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
@@ -126,10 +144,12 @@ def test_usage_errors_are_exit_2():
 
 
 def test_help_and_a_wrong_key_answer_without_torch_and_prefect(request):
-    code = ("import sys; from flows.cli import app\n"
-            "for args in (['--help'], ['quantize', '--help']):\n"
-            "    app(args, standalone_mode=False)\n"
-            "print(sorted({'torch', 'transformers', 'prefect', 'mlflow'} & set(sys.modules)), file=sys.stderr)")
+    code = (
+        "import sys; from flows.cli import app\n"
+        "for args in (['--help'], ['quantize', '--help']):\n"
+        "    app(args, standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'prefect', 'mlflow'} & set(sys.modules)), file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=request.config.rootpath, check=True)
     assert done.stderr.strip() == "[]"
     for command in ("demo", "quantize", "plan", "evaluate", "inspect"):

@@ -31,8 +31,25 @@ def quantize(home, tiny_llama, corpus):
     """quantize(folder, bits, *settings): the result of the command."""
 
     def run(folder, bits, *settings):
-        args = ["quantize", "--model", tiny_llama, "--dataset", corpus, "--bits", bits, "--group-size", 32, "--samples", 8,
-                "--seqlen", 64, "--device", "cpu", "--out", folder]
+        args = [
+            "quantize",
+            "--model",
+            tiny_llama,
+            "--dataset",
+            corpus,
+            "--bits",
+            bits,
+            "--group-size",
+            32,
+            "--samples",
+            8,
+            "--seqlen",
+            64,
+            "--device",
+            "cpu",
+            "--out",
+            folder,
+        ]
         for setting in (f"tracking.uri=sqlite:///{folder.parent}/mlflow.db", "evaluation.samples=4", *settings):
             args += ["--set", setting]
         return call(*args)

@@ -25,8 +25,25 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantize(home, tiny_llama, corpus):
     def run(name, *settings):
-        args = ["quantize", "--model", tiny_llama, "--dataset", corpus, "--bits", 4, "--group-size", 32, "--samples", 8, "--seqlen", 64,
-                "--device", "cpu", "--out", home / name]
+        args = [
+            "quantize",
+            "--model",
+            tiny_llama,
+            "--dataset",
+            corpus,
+            "--bits",
+            4,
+            "--group-size",
+            32,
+            "--samples",
+            8,
+            "--seqlen",
+            64,
+            "--device",
+            "cpu",
+            "--out",
+            home / name,
+        ]
         for setting in (f"tracking.uri=sqlite:///{home}/mlflow.db", "evaluation.samples=4", *settings):
             args += ["--set", setting]
         return call(*args)
@@ -101,12 +118,20 @@ def test_judging_on_the_calibration_text_is_a_note_and_strict_refuses_it(quantiz
 
 def test_the_cells_of_a_sweep_share_the_originals_scores(home, tiny_llama, corpus):
     config = home / "run.yaml"
-    config.write_text(json.dumps({
-        "model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"dataset": str(corpus), "group_size": 32},
-        "calibration": {"samples": 8, "seqlen": 64}, "evaluation": {"samples": 4, "seqlen": 64},
-        "tracking": {"uri": f"sqlite:///{home}/mlflow.db"}}))  # fmt: skip
-    result = call("sweep", config, "--grid", "bits=3,4", "--out", home / "s", "--set", CHOICE, "--set", "choose.max_perplexity_increase=9",
-                  "--json")  # fmt: skip
+    config.write_text(
+        json.dumps(
+            {
+                "model": {"path": str(tiny_llama), "device": "cpu"},
+                "quantization": {"dataset": str(corpus), "group_size": 32},
+                "calibration": {"samples": 8, "seqlen": 64},
+                "evaluation": {"samples": 4, "seqlen": 64},
+                "tracking": {"uri": f"sqlite:///{home}/mlflow.db"},
+            }
+        )
+    )
+    result = call(
+        "sweep", config, "--grid", "bits=3,4", "--out", home / "s", "--set", CHOICE, "--set", "choose.max_perplexity_increase=9", "--json"
+    )
     assert result.exit_code == 0, result.output
     cells = [records.read(row["out"])["evaluation"]["measures"] for row in json.loads(result.stdout)["cells"]]
     assert len(cells) == 2 and cells[0][0]["original"] == cells[1][0]["original"]

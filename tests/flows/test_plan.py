@@ -9,15 +9,35 @@ from typer.testing import CliRunner
 from flows.cli import app
 
 KEYS = {
-    "loads", "quantized_layers", "left", "bits_per_weight", "bytes", "original_bytes", "blocks", "device", "dtype", "host_bytes",
-    "mapped_bytes", "device_bytes", "stage_bytes", "read_bytes", "write_bytes", "seconds", "total_seconds", "fits", "shortages", "notes",
-}  # fmt: skip
+    "loads",
+    "quantized_layers",
+    "left",
+    "bits_per_weight",
+    "bytes",
+    "original_bytes",
+    "blocks",
+    "device",
+    "dtype",
+    "host_bytes",
+    "mapped_bytes",
+    "device_bytes",
+    "stage_bytes",
+    "read_bytes",
+    "write_bytes",
+    "seconds",
+    "total_seconds",
+    "fits",
+    "shortages",
+    "notes",
+}
 
 
 def request_of(tmp_path, model, corpus):
     path = tmp_path / "run.yaml"
-    path.write_text(f"model: {{path: {model}, device: cpu}}\nquantization: {{bits: 4, group_size: 32, dataset: {corpus}}}\n"
-                    f"output: {{dir: {tmp_path / 'out'}}}\n")  # fmt: skip
+    path.write_text(
+        f"model: {{path: {model}, device: cpu}}\nquantization: {{bits: 4, group_size: 32, dataset: {corpus}}}\n"
+        f"output: {{dir: {tmp_path / 'out'}}}\n"
+    )
     return str(path)
 
 
@@ -58,8 +78,10 @@ def test_a_config_alone_is_planned_and_not_run(tiny_llama, corpus, tmp_path):
 def test_the_plan_starts_no_prefect_and_writes_nothing(tiny_llama, corpus, tmp_path):
     request = request_of(tmp_path, tiny_llama, corpus)
     before = sorted(tmp_path.rglob("*"))
-    code = ("import sys; from flows.cli import app\n"
-            f"app(['plan', {request!r}], standalone_mode=False)\n"
-            "print(sorted({'prefect', 'mlflow'} & set(sys.modules)), file=sys.stderr)")  # fmt: skip
+    code = (
+        "import sys; from flows.cli import app\n"
+        f"app(['plan', {request!r}], standalone_mode=False)\n"
+        "print(sorted({'prefect', 'mlflow'} & set(sys.modules)), file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]" and sorted(tmp_path.rglob("*")) == before

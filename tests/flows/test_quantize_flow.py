@@ -28,8 +28,29 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def args(home, tiny_llama, corpus):
-    return ["quantize", "--model", tiny_llama, "--dataset", corpus, "--bits", 4, "--group-size", 32, "--samples", 8, "--seqlen", 64,
-            "--device", "cpu", "--out", home / "out", "--set", f"tracking.uri=sqlite:///{home}/mlflow.db", "--set", "evaluation.samples=8"]
+    return [
+        "quantize",
+        "--model",
+        tiny_llama,
+        "--dataset",
+        corpus,
+        "--bits",
+        4,
+        "--group-size",
+        32,
+        "--samples",
+        8,
+        "--seqlen",
+        64,
+        "--device",
+        "cpu",
+        "--out",
+        home / "out",
+        "--set",
+        f"tracking.uri=sqlite:///{home}/mlflow.db",
+        "--set",
+        "evaluation.samples=8",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +265,13 @@ def test_a_flow_that_the_command_line_did_not_start_looks_first(args, home, monk
     from gptq_core.errors import InputError
     from tasks.config import from_dict
 
-    config = from_dict({"model": {"path": str(args[2])}, "quantization": {"bits": 4, "group_size": 32, "dataset": str(args[4])},
-                        "output": {"dir": str(home / "never")}})  # fmt: skip
+    config = from_dict(
+        {
+            "model": {"path": str(args[2])},
+            "quantization": {"bits": 4, "group_size": 32, "dataset": str(args[4])},
+            "output": {"dir": str(home / "never")},
+        }
+    )
     monkeypatch.setattr(tasks.prepare, "available_memory", lambda: 1_000_000)
     with pytest.raises(InputError, match="memory: .* are free"):
         quantize(config)

@@ -18,8 +18,12 @@ MARKS = """() => Object.fromEntries([...document.querySelectorAll("[data-figure]
 def large():
     """As of a mixture of 32 blocks, with a name that no screen is wide enough for."""
     names = ["self_attn.q_proj", "mlp.experts.0.down_proj", "mlp.experts.1.down_proj", "a_very_long_name_of_a_module." * 3 + "proj"]
-    return run(blocks=[{"block": block, "seconds": 1.0, "layers": [layer(f"model.layers.{block}.{name}", 0.001 * (block + 1))
-                                                                   for name in names]} for block in range(32)])  # fmt: skip
+    return run(
+        blocks=[
+            {"block": block, "seconds": 1.0, "layers": [layer(f"model.layers.{block}.{name}", 0.001 * (block + 1)) for name in names]}
+            for block in range(32)
+        ]
+    )
 
 
 def evil():
@@ -30,10 +34,13 @@ def evil():
 
 
 PAGES = {
-    "run": lambda: runs.page(run()), "large": lambda: runs.page(large()), "evil": lambda: runs.page(evil()),
-    "sweep": lambda: sweeps.page(sweep()), "screening": lambda: sweeps.page(sweep(mode="screening")),
+    "run": lambda: runs.page(run()),
+    "large": lambda: runs.page(large()),
+    "evil": lambda: runs.page(evil()),
+    "sweep": lambda: sweeps.page(sweep()),
+    "screening": lambda: sweeps.page(sweep(mode="screening")),
     "comparison": lambda: compare.page(run(), run(out="runs/other", seconds=9.0)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=PAGES)
@@ -84,8 +91,9 @@ def test_figures_take_the_colours_of_the_theme(opened):
     for scheme in ("light", "dark"):
         tab.emulate_media(color_scheme=scheme)
         tab.wait_for_function(DRAWN, arg=scheme, timeout=60_000)
-        colours[scheme] = tab.evaluate("[getComputedStyle(document.documentElement).backgroundColor, "
-                                       "getComputedStyle(document.querySelector('.main-svg text')).fill]")  # fmt: skip
+        colours[scheme] = tab.evaluate(
+            "[getComputedStyle(document.documentElement).backgroundColor, getComputedStyle(document.querySelector('.main-svg text')).fill]"
+        )
     assert colours["light"] == ["rgb(255, 255, 255)", "rgb(27, 31, 36)"] and colours["dark"] == ["rgb(20, 23, 26)", "rgb(232, 234, 237)"]
 
 

@@ -23,8 +23,15 @@ def run(tiny_llama, corpus, tmp_path, monkeypatch):
         monkeypatch.chdir(there)
         (there / "model").symlink_to(tiny_llama)
         shutil.copy(corpus, there / "text.txt")
-        config = from_dict({"model": {"path": "model"}, "quantization": {"bits": 4, "dataset": "text.txt"}, "evaluation": evaluation,
-                            "calibration": {"samples": 4, "seqlen": 16}, "output": {"dir": "runs/out"}})
+        config = from_dict(
+            {
+                "model": {"path": "model"},
+                "quantization": {"bits": 4, "dataset": "text.txt"},
+                "evaluation": evaluation,
+                "calibration": {"samples": 4, "seqlen": 16},
+                "output": {"dir": "runs/out"},
+            }
+        )
         shutil.copytree(tiny_llama, config.out)
         prepared = prepare(config)
         data = save(prepared.evaluation, records.beside(config.out, ".work"), "evaluation")

@@ -19,8 +19,7 @@ from flows import dead_runs
 from tasks.config import RunConfig, load
 from tasks.sweep import SweepConfig, load_sweep
 
-pytestmark = [pytest.mark.services,
-              pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes through /proc")]  # fmt: skip
+pytestmark = [pytest.mark.services, pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes through /proc")]
 
 START = 180  # seconds until a process of Prefect's answers, on a machine that is busy
 RUN = 180
@@ -37,9 +36,15 @@ class Prefect:
         url = f"http://127.0.0.1:{port}/api"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "GPTQ_"))}
         self.env = kept | {
-            "PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_RUNNER_POLL_FREQUENCY": "1", "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",
+            "PREFECT_HOME": str(home / "prefect"),
+            "PREFECT_API_URL": url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",
         }
         self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
         self.start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui")
@@ -52,8 +57,15 @@ class Prefect:
 
     def start(self, name: str, module: str, *args: str) -> subprocess.Popen:
         with open(self.log(name), "ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", module, *args], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL,
-                                       stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *args],
+                cwd=self.root,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 
@@ -61,8 +73,15 @@ class Prefect:
         return self.home / f"{name}.log"
 
     def command(self, *args: str) -> str:
-        done = subprocess.run([sys.executable, "-m", *args], cwd=self.root, env=self.env, stdin=subprocess.DEVNULL, capture_output=True,
-                              text=True, timeout=START)
+        done = subprocess.run(
+            [sys.executable, "-m", *args],
+            cwd=self.root,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -113,6 +132,7 @@ class Prefect:
 
     def until(self, run: str, *types: str) -> dict:
         """The state of a run once it is one of these; another end is a failure at once."""
+
         def probe():
             state = self.state(run)
             ended = state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -156,17 +176,26 @@ def nightly(prefect):
 @pytest.fixture(scope="module")
 def quick(prefect, tiny_llama, corpus):
     """A run of seconds."""
-    return {"model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"bits": 4, "group_size": 32, "dataset": str(corpus)},
-            "calibration": {"samples": 8, "seqlen": 64}, "evaluation": {"samples": 4, "seqlen": 64},
-            "output": {"dir": str(prefect.home / "quick")}, "tracking": {"uri": f"sqlite:///{prefect.home}/mlflow.db"}}
+    return {
+        "model": {"path": str(tiny_llama), "device": "cpu"},
+        "quantization": {"bits": 4, "group_size": 32, "dataset": str(corpus)},
+        "calibration": {"samples": 8, "seqlen": 64},
+        "evaluation": {"samples": 4, "seqlen": 64},
+        "output": {"dir": str(prefect.home / "quick")},
+        "tracking": {"uri": f"sqlite:///{prefect.home}/mlflow.db"},
+    }
 
 
 @pytest.fixture(scope="module")
 def slow(quick, prefect):
     """A run with some seconds a block, of the embedded model; its paths are those of the checkout."""
     texts = "flows/embedded/train.parquet"
-    return quick | {"model": {"path": "flows/embedded/model", "device": "cpu"}, "output": {"dir": str(prefect.home / "slow")},
-                    "quantization": {"bits": 4, "dataset": texts, "recipe": "max"}, "calibration": {"samples": 48, "seqlen": 256}}
+    return quick | {
+        "model": {"path": "flows/embedded/model", "device": "cpu"},
+        "output": {"dir": str(prefect.home / "slow")},
+        "quantization": {"bits": 4, "dataset": texts, "recipe": "max"},
+        "calibration": {"samples": 48, "seqlen": 256},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -248,12 +277,15 @@ def test_a_run_marks_the_dead_runs_of_its_machine_and_no_other(first):
 
 def test_a_run_by_schedule_with_nothing_new_ends_at_once_and_says_so(prefect, first, nightly, quick):
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=3)
-    [added] = prefect.post(f"/deployments/{nightly['id']}/schedules", [
-        {"schedule": {"interval": 10, "anchor_date": soon.isoformat(), "timezone": "UTC"}, "parameters": {"config": quick}}])
+    [added] = prefect.post(
+        f"/deployments/{nightly['id']}/schedules",
+        [{"schedule": {"interval": 10, "anchor_date": soon.isoformat(), "timezone": "UTC"}, "parameters": {"config": quick}}],
+    )
     mine = {"state": {"type": {"any_": ["PENDING", "RUNNING", "COMPLETED", "FAILED", "CRASHED"]}}}
     try:
-        run = prefect.wait("a scheduled run begins",
-                           lambda: next((run for run in prefect.runs(nightly, **mine) if run["auto_scheduled"]), None))["id"]
+        run = prefect.wait(
+            "a scheduled run begins", lambda: next((run for run in prefect.runs(nightly, **mine) if run["auto_scheduled"]), None)
+        )["id"]
     finally:
         prefect.answer("DELETE", f"/deployments/{nightly['id']}/schedules/{added['id']}").raise_for_status()
     state = prefect.until(run, "COMPLETED")

@@ -27,29 +27,32 @@ def client(auth=None):
     return TestClient(Guard(app, auth), base_url=AT)
 
 
-@pytest.mark.parametrize("headers, code", [
-    ({}, 200),
-    ({"Origin": AT}, 200),
-    ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),  # through a tunnel
-    ({"Host": "[::1]:4200"}, 200),
-    ({"Host": "127.0.0.1"}, 200),
-    ({"Host": "evil.test"}, 403),
-    ({"Host": "evil.test:4200"}, 403),
-    ({"Host": "127.0.0.1.evil.test:4200"}, 403),
-    ({"Host": "evil.test@127.0.0.1"}, 403),
-    ({"Host": "127.0.0.1:4200\t"}, 403),
-    ({"Host": "192.168.0.7:4200"}, 403),
-    ({"Host": ""}, 403),
-    ({"Origin": "http://evil.test"}, 403),
-    ({"Origin": "null"}, 403),
-    ({"Origin": "https://127.0.0.1:4200"}, 403),
-    ({"Origin": "http://127.0.0.1:9999"}, 403),  # another program of this machine
-    ({"Origin": "http://localhost:4200"}, 403),
-    ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
-    ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403),
-    ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),  # a link that was followed
-    ({"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}, 200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "headers, code",
+    [
+        ({}, 200),
+        ({"Origin": AT}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),  # through a tunnel
+        ({"Host": "[::1]:4200"}, 200),
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "evil.test"}, 403),
+        ({"Host": "evil.test:4200"}, 403),
+        ({"Host": "127.0.0.1.evil.test:4200"}, 403),
+        ({"Host": "evil.test@127.0.0.1"}, 403),
+        ({"Host": "127.0.0.1:4200\t"}, 403),
+        ({"Host": "192.168.0.7:4200"}, 403),
+        ({"Host": ""}, 403),
+        ({"Origin": "http://evil.test"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "https://127.0.0.1:4200"}, 403),
+        ({"Origin": "http://127.0.0.1:9999"}, 403),  # another program of this machine
+        ({"Origin": "http://localhost:4200"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),  # a link that was followed
+        ({"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}, 200),
+    ],
+)
 def test_foreign_hosts_and_origins_are_refused(headers, code):
     for method in ("GET", "POST", "OPTIONS"):
         answer = client().request(method, "/", headers=headers)

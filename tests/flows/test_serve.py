@@ -18,15 +18,21 @@ def call(*args):
     return CliRunner().invoke(app, ["serve", *map(str, args)])
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    (None, "prefect.yaml cannot be read: No such file or directory; start it in the checkout, or give --file"),
-    ("deployments: [", "is not valid YAML"),
-    ("deployments: []", "deployments = []: list should have at least 1 item"),
-    ("deployments: [{name: a}]", "entrypoint is required"),
-    ("deployments: [{name: a, entrypoint: b.c, schedules: [{cron: '0 2 * * *'}]}]", "timezone is required"),
-    ("deployments: [{name: a, entrypoint: b.c, concurrency_limit: {limit: 1, collision_strategy: WAIT}}]", "collision_strategy = 'WAIT'"),
-    ("deployments: [{name: b, entrypoint: b.c}]", "--name a: prefect.yaml has no such deployment; it has b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "prefect.yaml cannot be read: No such file or directory; start it in the checkout, or give --file"),
+        ("deployments: [", "is not valid YAML"),
+        ("deployments: []", "deployments = []: list should have at least 1 item"),
+        ("deployments: [{name: a}]", "entrypoint is required"),
+        ("deployments: [{name: a, entrypoint: b.c, schedules: [{cron: '0 2 * * *'}]}]", "timezone is required"),
+        (
+            "deployments: [{name: a, entrypoint: b.c, concurrency_limit: {limit: 1, collision_strategy: WAIT}}]",
+            "collision_strategy = 'WAIT'",
+        ),
+        ("deployments: [{name: b, entrypoint: b.c}]", "--name a: prefect.yaml has no such deployment; it has b"),
+    ],
+)
 def test_a_wrong_file_is_one_line_and_exit_2(tmp_path, monkeypatch, text, said):
     monkeypatch.chdir(tmp_path)
     if text is not None:

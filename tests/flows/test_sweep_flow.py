@@ -27,20 +27,37 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_yaml(home, tiny_llama, corpus):
     path = home / "run.yaml"
-    path.write_text(json.dumps({
-        "model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"dataset": str(corpus)},
-        "calibration": {"samples": 8, "seqlen": 64}, "evaluation": {"samples": 8, "seqlen": 64},
-        "tracking": {"uri": f"sqlite:///{home}/mlflow.db"}}))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"path": str(tiny_llama), "device": "cpu"},
+                "quantization": {"dataset": str(corpus)},
+                "calibration": {"samples": 8, "seqlen": 64},
+                "evaluation": {"samples": 8, "seqlen": 64},
+                "tracking": {"uri": f"sqlite:///{home}/mlflow.db"},
+            }
+        )
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def first(home, run_yaml):
     """Two widths by two groups, one of which fits nothing, and a cell that is no valid config."""
-    (home / "sweep.yaml").write_text(json.dumps({
-        "base": str(run_yaml), "grid": {"bits": [3, 4], "group_size": [32, 100]}, "exclude": [{"bits": 4, "group_size": 100}],
-        "cells": [{"bits": 7}], "dir": str(home / "s"), "max_parallel": 2, "threads": 1,
-        "choose": {"rule": "best_within_size", "max_gb": 1}}))  # fmt: skip
+    (home / "sweep.yaml").write_text(
+        json.dumps(
+            {
+                "base": str(run_yaml),
+                "grid": {"bits": [3, 4], "group_size": [32, 100]},
+                "exclude": [{"bits": 4, "group_size": 100}],
+                "cells": [{"bits": 7}],
+                "dir": str(home / "s"),
+                "max_parallel": 2,
+                "threads": 1,
+                "choose": {"rule": "best_within_size", "max_gb": 1},
+            }
+        )
+    )
     result = call(home / "sweep.yaml")
     return result, json.loads((home / "s" / "sweep.json").read_text())
 
@@ -58,8 +75,11 @@ def test_bad_cells_are_told_with_their_reasons_and_the_others_complete(first):
     result, found = first
     assert result.exit_code == 1 and "2 of 4 cells failed" in result.stderr
     assert {name: row["status"] for name, row in rows(found).items()} == {
-        "bits=3_group_size=32": "done", "bits=4_group_size=32": "done", "bits=3_group_size=100": "invalid", "bits=7": "invalid",
-    }  # fmt: skip
+        "bits=3_group_size=32": "done",
+        "bits=4_group_size=32": "done",
+        "bits=3_group_size=100": "invalid",
+        "bits=7": "invalid",
+    }
     assert "does not divide" in rows(found)["bits=3_group_size=100"]["error"] and "bits = 7" in result.stdout
     assert found["front"] == ["bits=3_group_size=32", "bits=4_group_size=32"]
     assert found["recommended"]["name"] == "bits=4_group_size=32" and "recommended: bits=4_group_size=32" in result.stdout
@@ -109,8 +129,18 @@ def test_the_same_sweep_again_computes_and_logs_nothing(first, home, monkeypatch
 def test_a_width_more_computes_only_the_new_cells_in_the_same_parent(first, home, run_yaml):
     stamps = {path: path.stat().st_mtime_ns for path in (home / "s").rglob("model-*.safetensors")}
     parent = first[1]["mlflow"]["run_id"]
-    result = call(run_yaml, "--grid", "bits=2,3,4", "--grid", "group_size=32", "--out", home / "s", "--set",
-                  "choose={rule: best_within_size, max_gb: 1}", "--json")  # fmt: skip
+    result = call(
+        run_yaml,
+        "--grid",
+        "bits=2,3,4",
+        "--grid",
+        "group_size=32",
+        "--out",
+        home / "s",
+        "--set",
+        "choose={rule: best_within_size, max_gb: 1}",
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["computed"] == ["bits=2_group_size=32"] and len(found["cells"]) == 3 and found["mlflow"]["run_id"] == parent
@@ -119,8 +149,18 @@ def test_a_width_more_computes_only_the_new_cells_in_the_same_parent(first, home
 
 def test_a_cell_that_was_lost_is_done_again_and_no_other(first, home, run_yaml):
     shutil.rmtree(home / "s" / "bits=3_group_size=32")
-    result = call(run_yaml, "--grid", "bits=3,4", "--grid", "group_size=32", "--out", home / "s", "--set",
-                  "choose={rule: best_within_size, max_gb: 1}", "--json")  # fmt: skip
+    result = call(
+        run_yaml,
+        "--grid",
+        "bits=3,4",
+        "--grid",
+        "group_size=32",
+        "--out",
+        home / "s",
+        "--set",
+        "choose={rule: best_within_size, max_gb: 1}",
+        "--json",
+    )
     assert result.exit_code == 0 and json.loads(result.stdout)["computed"] == ["bits=3_group_size=32"]
 
 
@@ -136,15 +176,39 @@ def test_cells_without_memory_or_time_are_reported_beside_one_that_has_both(home
         return found
 
     monkeypatch.setattr(tasks.cells, "jobs", jobs)
-    result = call(run_yaml, "--grid", "bits=2,3,4", "--grid", "group_size=32", "--out", home / "bad", "--set", "limits.retries=0",
-                  "--set", "max_parallel=1", "--set", "choose.max_perplexity_increase=100", "--json")  # fmt: skip
+    result = call(
+        run_yaml,
+        "--grid",
+        "bits=2,3,4",
+        "--grid",
+        "group_size=32",
+        "--out",
+        home / "bad",
+        "--set",
+        "limits.retries=0",
+        "--set",
+        "max_parallel=1",
+        "--set",
+        "choose.max_perplexity_increase=100",
+        "--json",
+    )
     found = rows(json.loads(result.stdout))
     assert result.exit_code == 1
     assert [found[f"bits={bits}_group_size=32"]["status"] for bits in (2, 3, 4)] == ["memory", "failed", "done"]
     assert "kind 'nothing'" in found["bits=3_group_size=32"]["error"]
     monkeypatch.undo()
-    result = call(run_yaml, "--grid", "bits=2,3,4", "--grid", "group_size=32", "--out", home / "bad", "--set",
-                  "choose.max_perplexity_increase=100", "--json")  # fmt: skip
+    result = call(
+        run_yaml,
+        "--grid",
+        "bits=2,3,4",
+        "--grid",
+        "group_size=32",
+        "--out",
+        home / "bad",
+        "--set",
+        "choose.max_perplexity_increase=100",
+        "--json",
+    )
     assert result.exit_code == 0 and len(json.loads(result.stdout)["computed"]) == 2
 
 
@@ -157,9 +221,18 @@ def test_a_cell_that_takes_too_long_is_ended(home, run_yaml, monkeypatch):
 
 
 def test_hooks_are_told_once_and_again_when_something_has_changed(home, run_yaml):
-    args = [run_yaml, "--set", "quantization.group_size=32", "--out", home / "told", "--json",
-            "--set", "choose.max_perplexity_increase=100",
-            "--set", f"notify.command=cat >> {home}/told.txt; echo >> {home}/told.txt"]  # fmt: skip
+    args = [
+        run_yaml,
+        "--set",
+        "quantization.group_size=32",
+        "--out",
+        home / "told",
+        "--json",
+        "--set",
+        "choose.max_perplexity_increase=100",
+        "--set",
+        f"notify.command=cat >> {home}/told.txt; echo >> {home}/told.txt",
+    ]
 
     def told(*grid):
         assert call(*args, "--grid", *grid).exit_code == 0
@@ -177,8 +250,20 @@ def test_hooks_are_told_once_and_again_when_something_has_changed(home, run_yaml
 def test_a_text_that_has_changed_asks_for_overwrite(home, run_yaml, tmp_path, corpus):
     text = tmp_path / "text.txt"
     text.write_text(Path(corpus).read_text())
-    args = [run_yaml, "--grid", "bits=4", "--set", "quantization.group_size=32", "--set", f"quantization.dataset={text}", "--out",
-            tmp_path / "s", "--json", "--set", "choose.max_perplexity_increase=100"]  # fmt: skip
+    args = [
+        run_yaml,
+        "--grid",
+        "bits=4",
+        "--set",
+        "quantization.group_size=32",
+        "--set",
+        f"quantization.dataset={text}",
+        "--out",
+        tmp_path / "s",
+        "--json",
+        "--set",
+        "choose.max_perplexity_increase=100",
+    ]
     assert call(*args).exit_code == 0
     text.write_text(Path(corpus).read_text()[1000:])
     result = call(*args)
@@ -202,8 +287,19 @@ def test_the_text_is_read_once_and_the_original_run_once(home, run_yaml, monkeyp
 
 
 def test_screening_ranks_without_checkpoints_and_says_so(home, run_yaml):
-    args = [run_yaml, "--grid", "bits=2,4,8", "--grid", "group_size=32", "--mode", "screening", "--out", home / "screen",
-            "--set", "choose.max_perplexity_increase=0.2"]  # fmt: skip
+    args = [
+        run_yaml,
+        "--grid",
+        "bits=2,4,8",
+        "--grid",
+        "group_size=32",
+        "--mode",
+        "screening",
+        "--out",
+        home / "screen",
+        "--set",
+        "choose.max_perplexity_increase=0.2",
+    ]
     result = call(*args)
     assert result.exit_code == 0, result.output
     found = json.loads((home / "screen" / "sweep.json").read_text())
@@ -234,7 +330,17 @@ def test_a_held_cell_is_reported(home, run_yaml):
     folder.mkdir()
     with Path(folder / "bits=4.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        result = call(run_yaml, "--grid", "bits=3,4", "--set", "quantization.group_size=32", "--out", folder, "--json",
-                      "--set", "choose.max_perplexity_increase=100")  # fmt: skip
+        result = call(
+            run_yaml,
+            "--grid",
+            "bits=3,4",
+            "--set",
+            "quantization.group_size=32",
+            "--out",
+            folder,
+            "--json",
+            "--set",
+            "choose.max_perplexity_increase=100",
+        )
     found = rows(json.loads(result.stdout))
     assert result.exit_code == 1 and (found["bits=3"]["status"], found["bits=4"]["status"]) == ("done", "held")

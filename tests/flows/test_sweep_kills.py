@@ -26,17 +26,38 @@ class Command:
     """The sweep of four cells on the embedded model as a process of its own, and what it says."""
 
     def __init__(self, root, home, *more):
-        args = [sys.executable, "-m", "flows", "sweep", "configs/demo.yaml", "--grid", "bits=3,4", "--grid", "group_size=32,128", "--out",
-                str(home / "s"), "--json", *more]  # fmt: skip
+        args = [
+            sys.executable,
+            "-m",
+            "flows",
+            "sweep",
+            "configs/demo.yaml",
+            "--grid",
+            "bits=3,4",
+            "--grid",
+            "group_size=32,128",
+            "--out",
+            str(home / "s"),
+            "--json",
+            *more,
+        ]
         settings = {"calibration.samples": 32, "evaluation.samples": 16, "max_parallel": 2, "choose.max_perplexity_increase": 9}
         for key, value in ({"tracking.uri": f"sqlite:///{home}/mlflow.db"} | settings).items():
             args += [] if any(key in each for each in more) else ["--set", f"{key}={value}"]
         environ = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-        self.process = subprocess.Popen(args, cwd=root, env=environ | {"PREFECT_HOME": str(home / "prefect"), "HF_HUB_OFFLINE": "1"},
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        self.process = subprocess.Popen(
+            args,
+            cwd=root,
+            env=environ | {"PREFECT_HOME": str(home / "prefect"), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.lines, self.out = [], []
-        self.readers = [threading.Thread(target=lambda: self.lines.extend(iter(self.process.stderr.readline, "")), daemon=True),
-                        threading.Thread(target=lambda: self.out.append(self.process.stdout.read()), daemon=True)]  # fmt: skip
+        self.readers = [
+            threading.Thread(target=lambda: self.lines.extend(iter(self.process.stderr.readline, "")), daemon=True),
+            threading.Thread(target=lambda: self.out.append(self.process.stdout.read()), daemon=True),
+        ]
         for reader in self.readers:
             reader.start()
 
@@ -149,12 +170,26 @@ def test_a_killed_mlflow_server_costs_only_its_copy_which_the_next_run_writes(st
         port = free.getsockname()[1]
 
     def mlflow():
-        args = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-                "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
-                "--artifacts-destination", str(tmp_path / "artifacts")]  # fmt: skip
+        args = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{tmp_path}/server.db",
+            "--artifacts-destination",
+            str(tmp_path / "artifacts"),
+        ]
         with (tmp_path / "server.log").open("a") as log:
-            found = subprocess.Popen(args, stdout=log, stderr=log, start_new_session=True,
-                                     env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # fmt: skip
+            found = subprocess.Popen(
+                args, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            )
         until = time.monotonic() + WAIT
         while True:
             try:

@@ -37,10 +37,17 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_cells_of_a_cluster_are_those_of_local_workers_byte_for_byte(tmp_path, tiny_llama, corpus, cluster):
     run = tmp_path / "run.yaml"
-    run.write_text(json.dumps({
-        "model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"dataset": str(corpus), "group_size": 32},
-        "calibration": {"samples": 8, "seqlen": 64}, "evaluation": {"samples": 8, "seqlen": 64},
-        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}))  # fmt: skip
+    run.write_text(
+        json.dumps(
+            {
+                "model": {"path": str(tiny_llama), "device": "cpu"},
+                "quantization": {"dataset": str(corpus), "group_size": 32},
+                "calibration": {"samples": 8, "seqlen": 64},
+                "evaluation": {"samples": 8, "seqlen": 64},
+                "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+            }
+        )
+    )
     common = ["sweep", str(run), "--grid", "bits=3,4", "--set", "threads=1", "--set", "choose.max_perplexity_increase=100", "--json"]
     found = {}
     for name, more in {"local": [], "ray": ["--runner", "ray", "--address", cluster]}.items():

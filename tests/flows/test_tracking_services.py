@@ -47,11 +47,18 @@ def server(tmp_path, migrated, monkeypatch):
 @pytest.fixture
 def run_yaml(tmp_path, tiny_llama, corpus):
     path = tmp_path / "run.yaml"
-    path.write_text(json.dumps({
-        "model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"bits": 4, "group_size": 32, "dataset": str(corpus)},
-        "calibration": {"samples": 8, "seqlen": 64}, "evaluation": {"samples": 4, "seqlen": 64},
-        "tracking": {"uri": "env:GPTQ_STORE", "experiment": "e", "outbox": str(tmp_path / "outbox")},
-        "gate": {"max_kl": 9, "register_as": "m"}}))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"path": str(tiny_llama), "device": "cpu"},
+                "quantization": {"bits": 4, "group_size": 32, "dataset": str(corpus)},
+                "calibration": {"samples": 8, "seqlen": 64},
+                "evaluation": {"samples": 4, "seqlen": 64},
+                "tracking": {"uri": "env:GPTQ_STORE", "experiment": "e", "outbox": str(tmp_path / "outbox")},
+                "gate": {"max_kl": 9, "register_as": "m"},
+            }
+        )
+    )
     return path
 
 
@@ -133,8 +140,9 @@ def test_a_run_completes_and_is_logged_later(server, run_yaml, tmp_path, migrate
     assert without_ids(dump(server.address)) == without_ids(undisturbed(tmp_path, migrated, monkeypatch, server.address))
 
 
-@pytest.mark.parametrize("where", [more("before"), more("after the parent"), "after a cell", more("stopped after a cell"),
-                                   more("at the end")])  # fmt: skip
+@pytest.mark.parametrize(
+    "where", [more("before"), more("after the parent"), "after a cell", more("stopped after a cell"), more("at the end")]
+)
 def test_a_sweep_completes_and_is_logged_later(server, run_yaml, tmp_path, migrated, monkeypatch, where):
     if where != "before":
         server.start()
@@ -145,8 +153,19 @@ def test_a_sweep_completes_and_is_logged_later(server, run_yaml, tmp_path, migra
             at(patch, "set_terminated", server.kill if where == "after a cell" else lambda: server.signal(signal.SIGSTOP), 2)
         elif where == "at the end":
             at(patch, "set_terminated", server.kill, 3)
-        result = call("sweep", run_yaml, "--grid", "bits=3,4", "--out", tmp_path / "grid", "--json", "--set", "max_parallel=1",
-                      "--set", "choose={rule: best_within_size, max_gb: 1}")  # fmt: skip
+        result = call(
+            "sweep",
+            run_yaml,
+            "--grid",
+            "bits=3,4",
+            "--out",
+            tmp_path / "grid",
+            "--json",
+            "--set",
+            "max_parallel=1",
+            "--set",
+            "choose={rule: best_within_size, max_gb: 1}",
+        )
     found = json.loads(result.stdout)
     assert [row["status"] for row in found["cells"]] == ["done", "done"] and found["mlflow"]["error"] and result.exit_code == 0
     server.kill()
@@ -157,8 +176,18 @@ def test_a_sweep_completes_and_is_logged_later(server, run_yaml, tmp_path, migra
     assert found["mlflow"]["error"] is None and found["registry"]["champion"] and all(row["mlflow_run_id"] for row in found["cells"])
     told = dump(server.address)
     assert without_ids(told) == without_ids(undisturbed(tmp_path, migrated, monkeypatch, server.address))
-    again = call("sweep", run_yaml, "--grid", "bits=3,4", "--out", tmp_path / "grid", "--set", "max_parallel=1",
-                 "--set", "choose={rule: best_within_size, max_gb: 1}")  # fmt: skip
+    again = call(
+        "sweep",
+        run_yaml,
+        "--grid",
+        "bits=3,4",
+        "--out",
+        tmp_path / "grid",
+        "--set",
+        "max_parallel=1",
+        "--set",
+        "choose={rule: best_within_size, max_gb: 1}",
+    )
     assert again.exit_code == 0 and "unchanged, nothing to do" in again.output + again.stderr, "there is nothing left to tell"
 
 

@@ -52,13 +52,16 @@ def test_a_taken_port_is_told_with_the_remedy(home, option):
     assert result.stderr == f"error: port {port} is taken: end what listens there, or give another: {option} 0 finds a free one\n"
 
 
-@pytest.mark.parametrize("store, said", [
-    ("mlruns", "--store mlruns: must be sqlite:///FILE.db"),
-    ("http://127.0.0.1:5000", "is a server already; give the database"),
-    ("sqlite:///gone/mlflow.db", "gone is no folder; make it"),
-    ("env:GONE_STORE", "the environment has no GONE_STORE"),
-    ("postgres://me:hidden@host", "--store postgres://me:***@host: must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "store, said",
+    [
+        ("mlruns", "--store mlruns: must be sqlite:///FILE.db"),
+        ("http://127.0.0.1:5000", "is a server already; give the database"),
+        ("sqlite:///gone/mlflow.db", "gone is no folder; make it"),
+        ("env:GONE_STORE", "the environment has no GONE_STORE"),
+        ("postgres://me:hidden@host", "--store postgres://me:***@host: must be"),
+    ],
+)
 def test_a_store_that_is_none_is_one_line_and_exit_2(home, store, said):
     result = call("--store", store)
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
@@ -80,8 +83,9 @@ def test_a_password_of_ones_own(home, monkeypatch):
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "me:mine")
     assert password() == ("me:mine", "$PREFECT_SERVER_API_AUTH_STRING") and not (home / "prefect").exists()
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "mine")
-    assert call().stderr == ("error: PREFECT_SERVER_API_AUTH_STRING must be user:password, both not empty; set it so, or unset it and one "
-                             "is made\n")  # fmt: skip
+    assert call().stderr == (
+        "error: PREFECT_SERVER_API_AUTH_STRING must be user:password, both not empty; set it so, or unset it and one is made\n"
+    )
 
 
 def test_the_demo_is_the_sweep_of_its_yaml_from_anywhere(home, monkeypatch):
@@ -114,11 +118,11 @@ class Pages:
     def __init__(self, home: Path, *args: str) -> None:
         self.home = home
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "GPTQ_"))}
-        self.env = kept | {"PREFECT_HOME": str(home / "prefect"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                           "PYTHONPATH": str(ROOT)}  # fmt: skip
+        self.env = kept | {"PREFECT_HOME": str(home / "prefect"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with open(home / "out.txt", "w") as out, open(home / "err.txt", "w") as err:
-            self.process = subprocess.Popen([sys.executable, *args], cwd=home, env=self.env, stdin=subprocess.DEVNULL, stdout=out,
-                                            stderr=err, preexec_fn=heeds_signals)
+            self.process = subprocess.Popen(
+                [sys.executable, *args], cwd=home, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, preexec_fn=heeds_signals
+            )
 
     @property
     def told(self) -> str:
@@ -147,8 +151,14 @@ class Pages:
         """`flows` in a shell that has read what was told."""
         exports = "\n".join(line for line in self.told.splitlines() if line.startswith("  export "))
         assert exports.count("export") == 2
-        return subprocess.run(["bash", "-c", exports + '\nexec "$@"', "-", sys.executable, "-m", "flows", *args], cwd=self.home,
-                              env=self.env | env, capture_output=True, text=True, timeout=START)
+        return subprocess.run(
+            ["bash", "-c", exports + '\nexec "$@"', "-", sys.executable, "-m", "flows", *args],
+            cwd=self.home,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=START,
+        )
 
     def family(self) -> list[int]:
         """The processes that it has started, and those that they have."""
@@ -194,11 +204,30 @@ def listeners(pids: list[int]) -> set[str]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, tiny_llama, corpus):
     home = tmp_path_factory.mktemp("ui")
-    (home / "run.yaml").write_text(json.dumps({
-        "model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"dataset": str(corpus), "group_size": 32},
-        "calibration": {"samples": 8, "seqlen": 64}, "evaluation": {"samples": 8, "seqlen": 64}}))  # fmt: skip
-    started = Pages(home, "-c", FILLED, "sqlite:///mlflow.db", "sweep", "run.yaml", "--grid", "bits=3,4", "--out", "tiny-sweep",
-                    "--set", "choose.max_perplexity_increase=9")  # fmt: skip
+    (home / "run.yaml").write_text(
+        json.dumps(
+            {
+                "model": {"path": str(tiny_llama), "device": "cpu"},
+                "quantization": {"dataset": str(corpus), "group_size": 32},
+                "calibration": {"samples": 8, "seqlen": 64},
+                "evaluation": {"samples": 8, "seqlen": 64},
+            }
+        )
+    )
+    started = Pages(
+        home,
+        "-c",
+        FILLED,
+        "sqlite:///mlflow.db",
+        "sweep",
+        "run.yaml",
+        "--grid",
+        "bits=3,4",
+        "--out",
+        "tiny-sweep",
+        "--set",
+        "choose.max_perplexity_increase=9",
+    )
     try:
         started.ready()
         started.wait("the sweep is done", lambda: "the demo is on both pages" in started.noted)
@@ -214,8 +243,10 @@ class Heard:
         self.errors, self.failed, self.foreign = [], set(), []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         # a failed request is in the console without its reason; it is counted as what it is, below
-        page.on("console", lambda said: said.type == "error" and not said.text.startswith("Failed to load resource")
-                and self.errors.append(said.text))
+        page.on(
+            "console",
+            lambda said: said.type == "error" and not said.text.startswith("Failed to load resource") and self.errors.append(said.text),
+        )
         page.on("response", lambda got: got.status >= 400 and self.failed.add(f"{got.status} {got.url.removeprefix(address)}"))
         page.on("request", lambda asked: asked.url.startswith((address, "data:", "blob:")) or self.foreign.append(asked.url))
 
@@ -266,12 +297,17 @@ def test_the_newer_page_of_prefect_tells_nobody_either(pages, browser):
 @pytest.mark.services
 @HAS_PROC
 def test_mlflows_page_lists_the_sweep(pages, browser):
-    context = browser.new_context(viewport={"width": 1400, "height": 900}, http_credentials=dict(
-        zip(("username", "password"), pages.auth, strict=True)))
+    context = browser.new_context(
+        viewport={"width": 1400, "height": 900}, http_credentials=dict(zip(("username", "password"), pages.auth, strict=True))
+    )
     page = context.new_page()
     heard = Heard(page, pages.mlflow)
-    experiment = httpx.post(f"{pages.mlflow}/api/2.0/mlflow/experiments/search", json={"max_results": 9, "filter": "name = 'gptq'"},
-                            auth=pages.auth, trust_env=False).json()["experiments"][0]["experiment_id"]
+    experiment = httpx.post(
+        f"{pages.mlflow}/api/2.0/mlflow/experiments/search",
+        json={"max_results": 9, "filter": "name = 'gptq'"},
+        auth=pages.auth,
+        trust_env=False,
+    ).json()["experiments"][0]["experiment_id"]
     page.goto(f"{pages.mlflow}/#/experiments/{experiment}/runs")
     page.get_by_role("link", name="tiny-sweep").first.wait_for()
     page.screenshot(path=pages.home / "mlflow-runs.png")
@@ -288,16 +324,26 @@ def test_mlflows_page_lists_the_sweep(pages, browser):
 @HAS_PROC
 def test_both_servers_refuse_foreign_hosts_origins_and_those_without_the_password(pages):
     for address, path, body in (
-        (pages.prefect, "/api/flow_runs/filter", {}), (pages.prefect, "/", None), (pages.prefect, "/api/health", None),
-        (pages.mlflow, "/api/2.0/mlflow/experiments/search", {"max_results": 1}), (pages.mlflow, "/", None),
-        (pages.mlflow, "/health", None), (pages.mlflow, "/graphql", {"query": "{ test(inputString: \"a\") { output } }"}),
-    ):  # fmt: skip
+        (pages.prefect, "/api/flow_runs/filter", {}),
+        (pages.prefect, "/", None),
+        (pages.prefect, "/api/health", None),
+        (pages.mlflow, "/api/2.0/mlflow/experiments/search", {"max_results": 1}),
+        (pages.mlflow, "/", None),
+        (pages.mlflow, "/health", None),
+        (pages.mlflow, "/graphql", {"query": '{ test(inputString: "a") { output } }'}),
+    ):
+
         def ask(headers, auth=pages.auth, method="GET" if body is None else "POST", url=address + path, body=body):
             return httpx.request(method, url, json=body, headers=headers, auth=auth, trust_env=False, timeout=30)
 
         assert ask({}).status_code == ask({"Origin": address}).status_code == 200, path
-        for headers in ({"Host": "evil.test"}, {"Host": "evil.test:5000"}, {"Origin": "http://evil.test"}, {"Origin": "null"},
-                        {"Origin": "http://127.0.0.1:1"}):
+        for headers in (
+            {"Host": "evil.test"},
+            {"Host": "evil.test:5000"},
+            {"Origin": "http://evil.test"},
+            {"Origin": "null"},
+            {"Origin": "http://127.0.0.1:1"},
+        ):
             for method in ("GET" if body is None else "POST", "OPTIONS"):
                 refused = ask(headers, method=method)
                 assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers, (path, headers, method)
@@ -305,8 +351,13 @@ def test_both_servers_refuse_foreign_hosts_origins_and_those_without_the_passwor
         if body is not None:
             assert ask({}, auth=None).status_code == ask({}, auth=("gptq", "wrong")).status_code == 401, path
     for address, path in ((pages.prefect, "/api/events/out"), (pages.mlflow, "/")):
-        handshake = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
-                     "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Origin": "http://evil.test"}  # fmt: skip
+        handshake = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+            "Origin": "http://evil.test",
+        }
         assert httpx.get(address + path, headers=handshake, auth=pages.auth, trust_env=False).status_code == 403
 
 
@@ -329,8 +380,18 @@ def test_nothing_listens_beyond_loopback_and_no_process_knows_a_way_to_tell(page
 @HAS_PROC
 def test_a_run_as_it_is_told_shows_on_both_and_one_without_the_password_says_so(pages):
     user, secret = pages.auth
-    done = pages.command("quantize", "run.yaml", "--bits", "4", "--out", "single", "--set", f"tracking.uri={pages.mlflow}",
-                         MLFLOW_TRACKING_USERNAME=user, MLFLOW_TRACKING_PASSWORD=secret)  # fmt: skip
+    done = pages.command(
+        "quantize",
+        "run.yaml",
+        "--bits",
+        "4",
+        "--out",
+        "single",
+        "--set",
+        f"tracking.uri={pages.mlflow}",
+        MLFLOW_TRACKING_USERNAME=user,
+        MLFLOW_TRACKING_PASSWORD=secret,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((pages.home / "single.run.json").read_text())
     assert record["mlflow"]["error"] is None
@@ -341,8 +402,14 @@ def test_a_run_as_it_is_told_shows_on_both_and_one_without_the_password_says_so(
         assert found["info"]["run_name"] == "tiny-llama w4g32 tuned" and found["info"]["status"] == "FINISHED"
         file = ask.get(f"{pages.mlflow}/get-artifact", params={"run_uuid": record["mlflow"]["run_id"], "path": "config.yaml"})
         assert file.status_code == 200 and "group_size: 32" in file.text
-    stranger = subprocess.run([sys.executable, "-m", "flows", "quantize", "run.yaml", "--bits", "2", "--out", "stranger"], cwd=pages.home,
-                              env=pages.env | {"PREFECT_API_URL": f"{pages.prefect}/api"}, capture_output=True, text=True, timeout=START)
+    stranger = subprocess.run(
+        [sys.executable, "-m", "flows", "quantize", "run.yaml", "--bits", "2", "--out", "stranger"],
+        cwd=pages.home,
+        env=pages.env | {"PREFECT_API_URL": f"{pages.prefect}/api"},
+        capture_output=True,
+        text=True,
+        timeout=START,
+    )
     assert stranger.returncode == 1 and "set PREFECT_API_AUTH_STRING to its user:password" in stranger.stderr
     assert not (pages.home / "stranger").exists()
 
@@ -387,8 +454,9 @@ def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path):
 def test_no_process_is_left_of_one_that_is_ended_while_it_starts(tmp_path, sign, code):
     started = Pages(tmp_path, "-m", "flows", "ui", "--prefect-port", "0", "--mlflow-port", "0")
     try:
-        family = started.wait("both servers are begun", lambda: len(started.family()) == 2 and "starting" in started.noted
-                              and started.family())  # fmt: skip
+        family = started.wait(
+            "both servers are begun", lambda: len(started.family()) == 2 and "starting" in started.noted and started.family()
+        )
         started.process.send_signal(sign)
         assert started.process.wait(60) == code, started.noted
         started.wait("both servers are gone", lambda: gone(family), ends=True)
@@ -413,8 +481,9 @@ def test_without_a_password_the_guard_stays(tmp_path):
         pages.wait("the addresses", lambda: "Ctrl-C" in pages.told)
         addresses = re.findall(r"http://127\.0\.0\.1:\d+$", pages.told, re.MULTILINE)
         assert len(addresses) == 2 and not (tmp_path / "prefect" / "flows-ui.auth").exists()
-        for address, path in zip(addresses, ("/api/admin/version", "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"),
-                                 strict=True):
+        for address, path in zip(
+            addresses, ("/api/admin/version", "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"), strict=True
+        ):
             assert httpx.get(address + path, trust_env=False).status_code == 200
             for foreign in ({"Host": "example.com"}, {"Origin": "http://example.com"}):
                 assert httpx.get(address + path, headers=foreign, trust_env=False).status_code == 403

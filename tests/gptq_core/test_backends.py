@@ -63,8 +63,11 @@ def test_a_backend_that_is_none(load, out):
 
 def test_without_the_package(absent, out):
     assert load_quantized(out, backend="torch").training is False
-    for use in (lambda: load_quantized(out, backend="marlin"), lambda: load_quantized_model(None, str(out), "gptq_torch"),
-                lambda: evaluation.evaluate_one(str(out), windows(), device="cpu", backend="gptq_torch")):  # fmt: skip
+    for use in (
+        lambda: load_quantized(out, backend="marlin"),
+        lambda: load_quantized_model(None, str(out), "gptq_torch"),
+        lambda: evaluation.evaluate_one(str(out), windows(), device="cpu", backend="gptq_torch"),
+    ):
         with pytest.raises(InputError, match=r"needs the package gptqmodel.*pip install 'gptq-pipeline\[kernels\]'"):
             use()
 

@@ -8,9 +8,15 @@ def test_defaults_are_the_reference_schema():
     config = QuantizeConfig(bits=4)
     reference = {"group_size", "damp_percent", "desc_act", "act_group_aware", "sym", "true_sequential", "format", "backend"}
     assert config.model_dump(include=reference) == {
-        "group_size": 128, "damp_percent": 0.1, "desc_act": False, "act_group_aware": True, "sym": True, "true_sequential": True,
-        "format": "gptq", "backend": None,
-    }  # fmt: skip
+        "group_size": 128,
+        "damp_percent": 0.1,
+        "desc_act": False,
+        "act_group_aware": True,
+        "sym": True,
+        "true_sequential": True,
+        "format": "gptq",
+        "backend": None,
+    }
 
 
 @pytest.mark.parametrize(

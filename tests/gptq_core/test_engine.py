@@ -84,9 +84,11 @@ def test_the_folder(tmp_path):
     assert f"{stem}.weight" not in tensors
     packed = {leaf: tensors[f"{stem}.{leaf}"] for leaf in ("qweight", "qzeros", "scales", "g_idx")}
     assert {leaf: (tensor.dtype, tuple(tensor.shape)) for leaf, tensor in packed.items()} == {
-        "qweight": (torch.int32, (16, 64)), "qzeros": (torch.int32, (4, 8)),
-        "scales": (torch.float16, (4, 64)), "g_idx": (torch.int32, (128,)),
-    }  # fmt: skip
+        "qweight": (torch.int32, (16, 64)),
+        "qzeros": (torch.int32, (4, 8)),
+        "scales": (torch.float16, (4, 64)),
+        "g_idx": (torch.int32, (128,)),
+    }
     assert tensors["model.layers.0.self_attn.q_proj.bias"].dtype == torch.float16
     assert tensors[f"{stem}.g_idx"].tolist() == [k // 32 for k in range(128)]
     original = load_file(model / "model.safetensors")

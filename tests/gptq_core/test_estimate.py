@@ -17,10 +17,20 @@ from gptq_core.hessian import Hessian
 
 W4 = {"bits": 4, "group_size": 32}
 LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "dtype": "bfloat16",
-    "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
 
 
 def estimated(model, windows=64, seqlen=32, process_bytes=0, rates=False, device="cpu", **fields):
@@ -169,8 +179,12 @@ def foretold_and_real(tmp_path, changes, recipe, windows, first=""):
     first: a model that is quantized before that, so that what is loaded or built once does not count; then nothing is evaluated.
     """
     model = save_model("llama", tmp_path / "model", max_position_embeddings=256, **changes)
-    done = subprocess.run([sys.executable, "-c", REAL, model, tmp_path / "out", recipe, str(windows), "256", first],
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, model, tmp_path / "out", recipe, str(windows), "256", first],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return map(int, done.stdout.split())
 
 
@@ -251,8 +265,9 @@ def test_a_forward_in_bfloat16(llama, monkeypatch):
 
     def costs(dtype):
         config = QuantizeConfig(**W4)
-        return estimate.estimate(plan.plan(str(llama), config), config, Texts(64, 32, 32, 4), device="cpu", dtype=dtype,
-                                 process_bytes=0, rates=True)  # fmt: skip
+        return estimate.estimate(
+            plan.plan(str(llama), config), config, Texts(64, 32, 32, 4), device="cpu", dtype=dtype, process_bytes=0, rates=True
+        )
 
     exact, fast = costs("float32"), costs("bfloat16")
     assert (exact.dtype, fast.dtype) == ("float32", "bfloat16")

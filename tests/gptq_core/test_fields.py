@@ -374,10 +374,7 @@ ENTRIES = {
     "modules_in_block_to_quantize": Entry(
         {"bits": 4, "group_size": 32},
         {"bits": 4, "group_size": 32, "modules_in_block_to_quantize": [["self_attn.o_proj"], ["mlp.down_proj"]]},
-        lambda w: {
-            "packed": [name for name in w.packed() if ".0." in name],
-            "json": w.json.get("modules_in_block_to_quantize"),
-        },
+        lambda w: {"packed": [name for name in w.packed() if ".0." in name], "json": w.json.get("modules_in_block_to_quantize")},
         lambda fields, w: {
             "packed": [DOWN, ATTENDED] if len(fields) == 3 else sorted(name for name in bits_by_rules(w) if ".0." in name),
             "json": fields.get("modules_in_block_to_quantize"),
@@ -409,11 +406,7 @@ ENTRIES = {
     "allocate": Entry(
         {"bits": 4, "group_size": 32, "allocate": {"bits": [2, 4], "budget_bpw": 3}},
         {"bits": 4, "group_size": 32, "allocate": {"bits": [4, 8], "budget_bpw": 6}},
-        lambda w: {
-            "average": math.ceil(mean_bits(w)),
-            "widths": set(bits_on_disk(w).values()),
-            "json": bits_by_rules(w),
-        },
+        lambda w: {"average": math.ceil(mean_bits(w)), "widths": set(bits_on_disk(w).values()), "json": bits_by_rules(w)},
         lambda fields, w: {
             "average": fields["allocate"]["budget_bpw"],  # no more, and less by less than one unit
             "widths": set(fields["allocate"]["bits"]),
@@ -441,10 +434,7 @@ ENTRIES = {
             "extremes": torch.equal(w.scales(), extreme_scales(w)),
             "nearly the least error": float(weighted_error(w.scales(), w).sum()) < 1.03 * least_weighted_error(w),
         },
-        lambda fields, _: {
-            "extremes": fields["scale_search"] == "min_max",
-            "nearly the least error": fields["scale_search"] == "weighted",
-        },
+        lambda fields, _: {"extremes": fields["scale_search"] == "min_max", "nearly the least error": fields["scale_search"] == "weighted"},
     ),
     "refit": Entry(
         STATIC | {"refit": False},

@@ -84,10 +84,16 @@ def test_short_batches(tokens, way):
     torch.testing.assert_close(hessian_of(x), hessian_of(x.float()), rtol=1e-5, atol=1e-5 if tokens else 0)
 
 
-@pytest.mark.parametrize("batch", [
-    lambda x: x.T.contiguous().T, lambda x: x.repeat_interleave(2, 1)[:, ::2], lambda x: x.repeat_interleave(2, 0)[::2],
-    lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
-], ids=["columns together", "gaps in a row", "gaps between rows", "part of a row"])  # fmt: skip
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: x.repeat_interleave(2, 0)[::2],
+        lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
+    ],
+    ids=["columns together", "gaps in a row", "gaps between rows", "part of a row"],
+)
 def test_inputs_that_do_not_lie_together(batch, way):
     x = bfloat16_inputs(150, 100)
     strided = batch(x)

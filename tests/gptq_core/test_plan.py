@@ -126,11 +126,15 @@ def test_what_select_refuses_the_plan_refuses(models):
 GROUP_SIZES = (-1, 32, 64, 128)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ZEROS = {
-    (2, "gptq_v2"): ["AAAAAAAA"], (2, "gptq"): ["55555555"],
-    (3, "gptq_v2"): ["24924924", "49249249", "92492492"], (3, "gptq"): ["DB6DB6DB", "B6DB6DB6", "6DB6DB6D"],
-    (4, "gptq_v2"): ["88888888"], (4, "gptq"): ["77777777"],
-    (8, "gptq_v2"): ["80808080"], (8, "gptq"): ["7F7F7F7F"],
-}  # fmt: skip
+    (2, "gptq_v2"): ["AAAAAAAA"],
+    (2, "gptq"): ["55555555"],
+    (3, "gptq_v2"): ["24924924", "49249249", "92492492"],
+    (3, "gptq"): ["DB6DB6DB", "B6DB6DB6", "6DB6DB6D"],
+    (4, "gptq_v2"): ["88888888"],
+    (4, "gptq"): ["77777777"],
+    (8, "gptq_v2"): ["80808080"],
+    (8, "gptq"): ["7F7F7F7F"],
+}
 
 
 def rule(quantization, name):

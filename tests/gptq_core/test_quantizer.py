@@ -105,10 +105,21 @@ def test_dict_round_trip(fields):
 
 
 GPTQMODEL = {  # QuantizeConfig(bits=4, format="gptq_v2", act_group_aware=False).to_dict() of GPTQModel 7.7, and what 5 wrote more
-    "bits": 4, "dynamic": None, "group_size": 128, "desc_act": False, "lm_head": False, "method": "gptq", "quant_method": "gptq",
-    "format": "gptq_v2", "checkpoint_format": "gptq_v2", "pack_dtype": "int32", "sym": True, "adapter": None, "rotation": None,
+    "bits": 4,
+    "dynamic": None,
+    "group_size": 128,
+    "desc_act": False,
+    "lm_head": False,
+    "method": "gptq",
+    "quant_method": "gptq",
+    "format": "gptq_v2",
+    "checkpoint_format": "gptq_v2",
+    "pack_dtype": "int32",
+    "sym": True,
+    "adapter": None,
+    "rotation": None,
     "meta": {"quantizer": ["gptqmodel:7.7.0"], "offload_to_disk_path": "a folder", "mse": 0.0, "act_group_aware": False},
-}  # fmt: skip
+}
 
 
 def test_the_dict_of_gptqmodel():
@@ -197,10 +208,15 @@ ROWS = [[1, 2], [3]]
 
 @pytest.mark.parametrize(
     "dataset",
-    [ROWS, [torch.tensor(row) for row in ROWS], [torch.tensor([row]) for row in ROWS], [{"input_ids": ROWS[0]}, torch.tensor(ROWS[1])],
-     [*ROWS, []]],
+    [
+        ROWS,
+        [torch.tensor(row) for row in ROWS],
+        [torch.tensor([row]) for row in ROWS],
+        [{"input_ids": ROWS[0]}, torch.tensor(ROWS[1])],
+        [*ROWS, []],
+    ],
     ids=["lists", "1-D tensors", "2-D tensors", "mixed", "an empty one"],
-)  # fmt: skip
+)
 def test_token_ids(dataset, model):
     assert GPTQQuantizer(bits=4, dataset=dataset)._windows(model, None).tokens.tolist() == [[1, 2, 3]]
 
@@ -294,10 +310,15 @@ def test_save_refusals(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("device_map", "asked"),
-    [*((name, "auto") for name in (None, "auto", "balanced", "balanced_low_0", "sequential")), (0, 0), ({"": 0}, 0), ({"": "cuda"}, "cuda"),
-     ("cpu", "cpu")],
+    [
+        *((name, "auto") for name in (None, "auto", "balanced", "balanced_low_0", "sequential")),
+        (0, 0),
+        ({"": 0}, 0),
+        ({"": "cuda"}, "cuda"),
+        ("cpu", "cpu"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_device_map_is_the_device_that_is_asked_for(device_map, asked, monkeypatch, tmp_path):
     class Chosen(Exception):
         pass

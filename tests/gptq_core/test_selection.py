@@ -38,11 +38,15 @@ def test_the_first_rule_that_matches_decides(llama, tmp_path):
         layer["name"]: (layer["bits"], layer["in_features"] // layer["groups"]) for layer in inspect_checkpoint(tmp_path / "out")["layers"]
     }
     assert layers == {
-        "model.layers.0.mlp.down_proj": (8, 32), "model.layers.1.mlp.down_proj": (8, 32),
-        "model.layers.1.mlp.gate_proj": (2, 16), "model.layers.1.mlp.up_proj": (2, 16),
-        **{f"model.layers.0.{name}": (4, 32) for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                                                           "mlp.gate_proj", "mlp.up_proj")},
-    }  # fmt: skip
+        "model.layers.0.mlp.down_proj": (8, 32),
+        "model.layers.1.mlp.down_proj": (8, 32),
+        "model.layers.1.mlp.gate_proj": (2, 16),
+        "model.layers.1.mlp.up_proj": (2, 16),
+        **{
+            f"model.layers.0.{name}": (4, 32)
+            for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+        },
+    }
     left = {item["name"]: item["reason"] for item in found["skipped"]}
     assert left == {f"model.layers.1.self_attn.{n}_proj": r"dynamic: -:.*\.1\.self_attn.*" for n in "qkvo"}
     model = load_quantized(tmp_path / "out")

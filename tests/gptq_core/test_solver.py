@@ -40,9 +40,16 @@ def equals_the_textbook(columns, bits, sym, group_size, order):
     factor = factorize(hessian.double(), config, "layer", 600)
     solved = solve(weight.double(), factor, config)
     expected = textbook_gptq(
-        weight, hessian, bits=bits, group_size=group_size, sym=sym, damp_percent=0.05, order=factor.order,
-        groups_follow_order=config.desc_act, static_groups=config.static_groups,
-    )  # fmt: skip
+        weight,
+        hessian,
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        damp_percent=0.05,
+        order=factor.order,
+        groups_follow_order=config.desc_act,
+        static_groups=config.static_groups,
+    )
     assert torch.equal(solved.codes, expected["codes"])
     assert torch.equal(solved.g_idx, expected["g_idx"])
     assert torch.equal(solved.scales.double(), expected["scales"])

@@ -44,8 +44,9 @@ def test_a_stage_that_fails_is_left(clock):
 
 
 def test_a_run_tells_its_stages_apart(tmp_path):
-    with Quantization.open(str(save_model("llama", tmp_path / "model")), QuantizeConfig(bits=4, group_size=32), windows(),
-                           tmp_path / "out", device="cpu") as run:  # fmt: skip
+    with Quantization.open(
+        str(save_model("llama", tmp_path / "model")), QuantizeConfig(bits=4, group_size=32), windows(), tmp_path / "out", device="cpu"
+    ) as run:
         for index in range(run.block_count):
             run.quantize_block(index)
         run.assemble()

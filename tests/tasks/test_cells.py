@@ -15,8 +15,12 @@ GB = 10**9
 
 @pytest.fixture
 def base(tiny_llama, corpus):
-    return {"model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"dataset": str(corpus), "group_size": 32},
-            "calibration": {"samples": 4, "seqlen": 32}, "evaluation": {"samples": 4, "seqlen": 32}}  # fmt: skip
+    return {
+        "model": {"path": str(tiny_llama), "device": "cpu"},
+        "quantization": {"dataset": str(corpus), "group_size": 32},
+        "calibration": {"samples": 4, "seqlen": 32},
+        "evaluation": {"samples": 4, "seqlen": 32},
+    }
 
 
 @pytest.fixture
@@ -42,15 +46,18 @@ def placed(config):
     return len(found.devices), found.slots, found.at_once, found.threads
 
 
-@pytest.mark.parametrize(("free", "keys", "expected"), [
-    (100, {}, (1, 4, 4, 2)),  # a core or more for each of the four cells
-    (7, {}, (1, 2, 2, 4)),  # two fit in memory
-    (1, {}, (1, 1, 1, 8)),  # none fits: one is tried, its own plan has had the last word
-    (100, {"max_parallel": 3}, (1, 3, 3, 2)),
-    (100, {"threads": 5}, (1, 4, 4, 5)),
-    (7, {"devices": ["0", "1", "2"]}, (3, 2, 4, 2)),  # two fit on each of three GPUs, and there are four cells
-    (7, {"devices": ["0", "1", "2"], "max_parallel": 2}, (2, 1, 2, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("free", "keys", "expected"),
+    [
+        (100, {}, (1, 4, 4, 2)),  # a core or more for each of the four cells
+        (7, {}, (1, 2, 2, 4)),  # two fit in memory
+        (1, {}, (1, 1, 1, 8)),  # none fits: one is tried, its own plan has had the last word
+        (100, {"max_parallel": 3}, (1, 3, 3, 2)),
+        (100, {"threads": 5}, (1, 4, 4, 5)),
+        (7, {"devices": ["0", "1", "2"]}, (3, 2, 4, 2)),  # two fit on each of three GPUs, and there are four cells
+        (7, {"devices": ["0", "1", "2"], "max_parallel": 2}, (2, 1, 2, 4)),
+    ],
+)
 def test_as_many_at_a_time_as_devices_cores_memory_and_the_config_allow(sweep, machine, free, keys, expected):
     machine(free)
     assert placed(sweep(**keys)) == expected
@@ -84,8 +91,18 @@ def test_an_original_is_stored_for_several_cells_and_only_below_the_limit(sweep,
 
 def test_a_gate_judges_screened_cells_too(sweep, base):
     config = sweep(base=base | {"gate": {"max_kl": 0.1}}, mode="screening")
-    figures = {"mode": "screening", "original_perplexity": 10.0, "quantized_perplexity": 11.0, "top1_agreement": 0.9, "bytes": 100,
-               "bits_per_weight": 4.1, "seconds": 1.0, "set_aside": (), "fallback_layers": ["a"], "error": None}  # fmt: skip
+    figures = {
+        "mode": "screening",
+        "original_perplexity": 10.0,
+        "quantized_perplexity": 11.0,
+        "top1_agreement": 0.9,
+        "bytes": 100,
+        "bits_per_weight": 4.1,
+        "seconds": 1.0,
+        "set_aside": (),
+        "fallback_layers": ["a"],
+        "error": None,
+    }
     cells = config.expanded()[:2]
     states = [at.State(cell, "done", record=figures | {"kl": kl}) for cell, kl in zip(cells, (0.2, 0.05), strict=True)]
     found = at.result(config, states, [], 0.0)
@@ -103,14 +120,24 @@ def test_a_damaged_cell_is_told_and_stops_no_other(sweep):
     assert [found[f"bits={bits}"].status for bits in (2, 4, 8)] == ["missing"] * 3
 
 
-@pytest.mark.parametrize(("part", "broken"), [
-    ("cell", {"run_id": None, "error": "away"}), ("cell", None), ("notified", {"command": {"told": "x", "error": "code 3"}}),
-    ("registry", {"error": "away"}), ("mlflow", {"run_id": None, "error": "away"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("cell", {"run_id": None, "error": "away"}),
+        ("cell", None),
+        ("notified", {"command": {"told": "x", "error": "code 3"}}),
+        ("registry", {"error": "away"}),
+        ("mlflow", {"run_id": None, "error": "away"}),
+    ],
+)
 def test_what_was_not_told_everywhere_is_not_settled(sweep, part, broken):
     config, logged = sweep(grid={"bits": [3]}), {"run_id": "r", "error": None}
-    record = {"evaluation": {"kl": 0.1, "original_perplexity": 10.0, "quantized_perplexity": 10.1, "top1_agreement": 0.9}, "seconds": 1.0,
-              "assembly": {"bytes": 10, "bits_per_weight": 3.2}, "mlflow": logged}  # fmt: skip
+    record = {
+        "evaluation": {"kl": 0.1, "original_perplexity": 10.0, "quantized_perplexity": 10.1, "top1_agreement": 0.9},
+        "seconds": 1.0,
+        "assembly": {"bytes": 10, "bits_per_weight": 3.2},
+        "mlflow": logged,
+    }
     state = at.State(config.expanded()[0], "done", record=record)
     at.write(config, at.result(config, [state], [], 0.0) | {"mlflow": logged})
     assert at.settled(config, [state])

@@ -10,8 +10,15 @@ from tasks.choose import front, recommend
 
 
 def row(name, size, kl, *, perplexity=10.0, gate=None):
-    return {"name": name, "bytes": size, "kl": kl, "perplexity": perplexity, "original_perplexity": 10.0, "gate": gate,
-            "bits_per_weight": 4.0}  # fmt: skip
+    return {
+        "name": name,
+        "bytes": size,
+        "kl": kl,
+        "perplexity": perplexity,
+        "original_perplexity": 10.0,
+        "gate": gate,
+        "bits_per_weight": 4.0,
+    }
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=8))
@@ -36,15 +43,27 @@ def pick(rows, **keys):
     return recommend(rows, **{"rule": "smallest_within_gate", "measure": "kl", "max_gb": None, "gated": False, "max_increase": 0.05} | keys)
 
 
-CELLS = [row("w2", 2e9, 0.5, perplexity=15.0, gate="failed"), row("w3", 3e9, 0.1, perplexity=10.6, gate="passed"),
-         row("w4", 4e9, 0.02, perplexity=10.2, gate="passed"), row("w4b", 4e9, 0.01, perplexity=10.1, gate="passed")]
+CELLS = [
+    row("w2", 2e9, 0.5, perplexity=15.0, gate="failed"),
+    row("w3", 3e9, 0.1, perplexity=10.6, gate="passed"),
+    row("w4", 4e9, 0.02, perplexity=10.2, gate="passed"),
+    row("w4b", 4e9, 0.01, perplexity=10.1, gate="passed"),
+]
 
 
-@pytest.mark.parametrize(("keys", "name"), [
-    ({}, "w4b"), ({"max_increase": 0.06}, "w3"), ({"max_increase": 0.001}, None), ({"gated": True}, "w3"),
-    ({"rule": "best_within_size", "max_gb": 3.5}, "w3"), ({"rule": "best_within_size", "max_gb": 9}, "w4b"),
-    ({"rule": "best_within_size", "max_gb": 1}, None), ({"rule": "best_within_size", "max_gb": 2.5, "gated": True}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({}, "w4b"),
+        ({"max_increase": 0.06}, "w3"),
+        ({"max_increase": 0.001}, None),
+        ({"gated": True}, "w3"),
+        ({"rule": "best_within_size", "max_gb": 3.5}, "w3"),
+        ({"rule": "best_within_size", "max_gb": 9}, "w4b"),
+        ({"rule": "best_within_size", "max_gb": 1}, None),
+        ({"rule": "best_within_size", "max_gb": 2.5, "gated": True}, None),
+    ],
+)
 def test_each_rule_picks_its_cell(keys, name):
     found = pick(CELLS, **keys)
     assert found["name"] == name and found["rule"]

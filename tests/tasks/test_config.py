@@ -53,9 +53,9 @@ def test_a_copy_of_the_documented_config_follows_its_recipe(recipe, request):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("changes", [
-    {"bits": 8, "desc_act": True}, {"static_groups": False}, {"act_group_aware": False}, {"refit": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"bits": 8, "desc_act": True}, {"static_groups": False}, {"act_group_aware": False}, {"refit": False}], ids=str
+)
 def test_rules_mean_the_same_after_the_yaml(recipe, changes):
     config = from_dict(LEAST, {"quantization.recipe": recipe, "quantization.dynamic": {"b": {"bits": 2}, "a": changes, "-:c": {}}})
     again = load_text(config.to_yaml())
@@ -92,10 +92,19 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
     assert from_dict(LEAST, {"output.dir": "~/x"}).out == tmp_path / "x"
 
 
-@pytest.mark.parametrize("uri", [
-    "sqlite:///mlflow.db", "sqlite:////abs/mlflow.db", "http://host:5000", "https://host", "postgresql://u:p@host/db",
-    "postgresql+psycopg2://host/db", "mysql+pymysql://host/db", "mssql+pyodbc://host/db",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///mlflow.db",
+        "sqlite:////abs/mlflow.db",
+        "http://host:5000",
+        "https://host",
+        "postgresql://u:p@host/db",
+        "postgresql+psycopg2://host/db",
+        "mysql+pymysql://host/db",
+        "mssql+pyodbc://host/db",
+    ],
+)
 def test_stores_that_mlflow_takes(uri):
     assert from_dict(LEAST, {"tracking.uri": uri}).tracking.uri == uri
 
@@ -117,57 +126,58 @@ def test_flat_holds_every_key_and_only_counts_texts():
     assert flat["output.dir"] == "runs/m-w4g128"
 
 
-@pytest.mark.parametrize("overrides, said", [
-    ({"quantization.bits": 5}, "quantization.bits = 5"),
-    ({"quantization.bit": 4}, "did you mean 'bits'"),
-    ({"quantisation.bits": 4}, "did you mean 'quantization'"),
-    ({"calibration.samples": 0}, "calibration.samples = 0"),
-    ({"calibration.seed": -1}, "calibration.seed = -1"),
-    ({"quantization.dataset": None}, "quantization.dataset is required"),
-    ({"quantization.desc_act": True, "quantization.act_group_aware": True}, "act_group_aware"),
-    ({"output.dir": ""}, "output.dir"),
-    ({"output.dir": "~nobody-of-this-name/x"}, "output.dir"),
-    ({"model.device": "meta"}, "auto, cpu, cuda or cuda:N"),
-    ({"model.device": "cuda:0\n"}, "model.device"),
-    ({"model.device": "cuda:"}, "model.device"),
-    ({"evaluation.seqlen": 1}, "evaluation.seqlen = 1"),
-    ({"tracking.uri": "mlruns"}, "sqlite:///FILE.db, http(s)://HOST:PORT"),
-    ({"tracking.uri": "foo://bar"}, "postgresql://"),
-    ({"tracking.uri": "sqlite://"}, "tracking.uri"),
-    ({"tracking.uri": "file:///tmp/mlruns"}, "tracking.uri"),
-    ({"gate.max_kl": 0}, "gate.max_kl = 0"),
-    ({"gate.max_kl": float("inf")}, "gate.max_kl = inf"),
-    ({"gate.max_perplexity_increase": -0.1}, "gate.max_perplexity_increase = -0.1"),
-    ({"gate.max_gb": 0}, "gate.max_gb = 0"),
-    ({"gate.max_fallback_layers": -1}, "gate.max_fallback_layers = -1"),
-    ({"gate.alias": "champion"}, "gate: no limit is set: set one of max_perplexity_increase, max_kl"),
-    ({"gate.max_lk": 1}, "did you mean 'max_kl'"),
-    ({"gate.max_gb": 1, "gate.measure": "perplexity"}, "gate.measure = 'perplexity'"),
-    ({"gate.max_gb": 1, "gate.alias": "v3"}, "gate.alias = 'v3': is MLflow's own word"),
-    ({"gate.max_gb": 1, "gate.alias": "a b"}, "gate.alias = 'a b'"),
-    ({"gate.max_gb": 1, "gate.register_as": "a/b"}, "gate.register_as = 'a/b'"),
-    ({"gate.max_kl": 1, "evaluation.kl": False}, "gate.max_kl = 1 needs the KL: set evaluation.kl: true"),
-    ({"gate.max_gb": 1, "evaluation.kl": False}, "gate.measure = 'kl' needs the KL"),
-    ({"gate.min_recovery": 0.9}, "gate.min_recovery = 0.9 needs the scores of tasks"),
-    ({"notify.seconds": 3}, "notify: nobody is told: set command or webhook"),
-    ({"notify.webhook": "hooks.example/x"}, "notify: webhook must be http(s)://HOST/..., or env:NAME"),
-    ({"notify.webhook": "env:1x"}, "notify: webhook must be"),
-    ({"notify.command": "true", "notify.when": []}, "notify.when = []"),
-    ({"notify.command": "true", "notify.when": ["always"]}, "notify.when"),
-    ({"notify.command": "true", "notify.seconds": 0}, "notify.seconds = 0"),
-    ({"notify.command": ""}, "notify.command = ''"),
-    ({"bits": 4}, "section.key"),
-    ({"model.path.x": 4}, "section.key"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        ({"quantization.bits": 5}, "quantization.bits = 5"),
+        ({"quantization.bit": 4}, "did you mean 'bits'"),
+        ({"quantisation.bits": 4}, "did you mean 'quantization'"),
+        ({"calibration.samples": 0}, "calibration.samples = 0"),
+        ({"calibration.seed": -1}, "calibration.seed = -1"),
+        ({"quantization.dataset": None}, "quantization.dataset is required"),
+        ({"quantization.desc_act": True, "quantization.act_group_aware": True}, "act_group_aware"),
+        ({"output.dir": ""}, "output.dir"),
+        ({"output.dir": "~nobody-of-this-name/x"}, "output.dir"),
+        ({"model.device": "meta"}, "auto, cpu, cuda or cuda:N"),
+        ({"model.device": "cuda:0\n"}, "model.device"),
+        ({"model.device": "cuda:"}, "model.device"),
+        ({"evaluation.seqlen": 1}, "evaluation.seqlen = 1"),
+        ({"tracking.uri": "mlruns"}, "sqlite:///FILE.db, http(s)://HOST:PORT"),
+        ({"tracking.uri": "foo://bar"}, "postgresql://"),
+        ({"tracking.uri": "sqlite://"}, "tracking.uri"),
+        ({"tracking.uri": "file:///tmp/mlruns"}, "tracking.uri"),
+        ({"gate.max_kl": 0}, "gate.max_kl = 0"),
+        ({"gate.max_kl": float("inf")}, "gate.max_kl = inf"),
+        ({"gate.max_perplexity_increase": -0.1}, "gate.max_perplexity_increase = -0.1"),
+        ({"gate.max_gb": 0}, "gate.max_gb = 0"),
+        ({"gate.max_fallback_layers": -1}, "gate.max_fallback_layers = -1"),
+        ({"gate.alias": "champion"}, "gate: no limit is set: set one of max_perplexity_increase, max_kl"),
+        ({"gate.max_lk": 1}, "did you mean 'max_kl'"),
+        ({"gate.max_gb": 1, "gate.measure": "perplexity"}, "gate.measure = 'perplexity'"),
+        ({"gate.max_gb": 1, "gate.alias": "v3"}, "gate.alias = 'v3': is MLflow's own word"),
+        ({"gate.max_gb": 1, "gate.alias": "a b"}, "gate.alias = 'a b'"),
+        ({"gate.max_gb": 1, "gate.register_as": "a/b"}, "gate.register_as = 'a/b'"),
+        ({"gate.max_kl": 1, "evaluation.kl": False}, "gate.max_kl = 1 needs the KL: set evaluation.kl: true"),
+        ({"gate.max_gb": 1, "evaluation.kl": False}, "gate.measure = 'kl' needs the KL"),
+        ({"gate.min_recovery": 0.9}, "gate.min_recovery = 0.9 needs the scores of tasks"),
+        ({"notify.seconds": 3}, "notify: nobody is told: set command or webhook"),
+        ({"notify.webhook": "hooks.example/x"}, "notify: webhook must be http(s)://HOST/..., or env:NAME"),
+        ({"notify.webhook": "env:1x"}, "notify: webhook must be"),
+        ({"notify.command": "true", "notify.when": []}, "notify.when = []"),
+        ({"notify.command": "true", "notify.when": ["always"]}, "notify.when"),
+        ({"notify.command": "true", "notify.seconds": 0}, "notify.seconds = 0"),
+        ({"notify.command": ""}, "notify.command = ''"),
+        ({"bits": 4}, "section.key"),
+        ({"model.path.x": 4}, "section.key"),
+    ],
+)
 def test_wrong_values_are_one_line_that_names_them(overrides, said):
     with pytest.raises(InputError) as error:
         from_dict(LEAST, overrides)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, said", [
-    ("a: [", "line"), ("just words", "sections"), ("model: here", "model"), (b"\xff\xfe\x00", "UTF-8"),
-])  # fmt: skip
+@pytest.mark.parametrize("text, said", [("a: [", "line"), ("just words", "sections"), ("model: here", "model"), (b"\xff\xfe\x00", "UTF-8")])
 def test_wrong_files_are_one_line_that_names_them(tmp_path, text, said):
     path = tmp_path / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -198,17 +208,25 @@ def test_an_empty_gate_is_none_and_a_gate_travels():
     assert without_kl.gate.measure == "perplexity_increase"
 
 
-@pytest.mark.parametrize("webhook", [
-    "https://me:s3cret@host/x", "https://s3cret@host/x", "https://host/x?token=s3cret", "https://host/x?a=1&api_key=s3cret",
-    "https://host/services/T00000000/B00000000/s3cretXXXXXXXXXXXXXXXXXX",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "webhook",
+    [
+        "https://me:s3cret@host/x",
+        "https://s3cret@host/x",
+        "https://host/x?token=s3cret",
+        "https://host/x?a=1&api_key=s3cret",
+        "https://host/services/T00000000/B00000000/s3cretXXXXXXXXXXXXXXXXXX",
+    ],
+)
 def test_a_webhook_with_a_secret_is_refused_and_not_repeated(webhook):
     with pytest.raises(InputError, match="give env:NAME") as error:
         from_dict(LEAST, {"notify.webhook": webhook})
     assert "s3cret" not in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("webhook", ["env:HOOK", "block:hook-1", "http://127.0.0.1:9/quantized", "https://host.example/hooks/model-quantized-by-me?x=1"])
+@pytest.mark.parametrize(
+    "webhook", ["env:HOOK", "block:hook-1", "http://127.0.0.1:9/quantized", "https://host.example/hooks/model-quantized-by-me?x=1"]
+)
 def test_webhooks_that_hold_no_secret(webhook):
     assert from_dict(LEAST, {"notify.webhook": webhook}).notify.webhook == webhook
 
@@ -226,8 +244,14 @@ def test_the_tracking_uri_may_stand_in_the_environment(monkeypatch):
     assert "s3cret" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", [
-    "http://u:SECRET@h:1/x", "postgresql://u:p@SECRET@h/db", "API request to http://u:SECRET@h:9/api failed", "mysql://h/db?password=SECRET&x=1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://u:SECRET@h:1/x",
+        "postgresql://u:p@SECRET@h/db",
+        "API request to http://u:SECRET@h:9/api failed",
+        "mysql://h/db?password=SECRET&x=1",
+    ],
+)
 def test_a_password_in_an_address_or_a_message_becomes_stars(text):
     assert "SECRET" not in without_password(text) and "***" in without_password(text)

@@ -10,12 +10,16 @@ from tasks.config import from_dict
 LEAST = {"model": {"path": "org/llama-8b"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
 
 
-@pytest.mark.parametrize("changes, name", [
-    ({}, "llama-8b w4g128 tuned"), ({"quantization.group_size": -1, "quantization.recipe": "best"}, "llama-8b w4grow best"),
-    ({"quantization.sym": False, "quantization.format": "gptq_v2"}, "llama-8b w4g128 tuned asym gptq_v2"),
-    ({"quantization.allocate": {"bits": [2, 4], "budget_bpw": 3.5}}, "llama-8b w3.5g128 tuned"),
-    ({"model.path": "models/tiny/"}, "tiny w4g128 tuned"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({}, "llama-8b w4g128 tuned"),
+        ({"quantization.group_size": -1, "quantization.recipe": "best"}, "llama-8b w4grow best"),
+        ({"quantization.sym": False, "quantization.format": "gptq_v2"}, "llama-8b w4g128 tuned asym gptq_v2"),
+        ({"quantization.allocate": {"bits": [2, 4], "budget_bpw": 3.5}}, "llama-8b w3.5g128 tuned"),
+        ({"model.path": "models/tiny/"}, "tiny w4g128 tuned"),
+    ],
+)
 def test_the_name_of_a_run_tells_model_width_and_recipe(changes, name):
     assert fields.run_name(from_dict(LEAST, changes), {}) == name
 
@@ -27,8 +31,15 @@ def test_cells_and_sweeps_are_named_by_theirs(tmp_path):
 
 
 def test_parameters_are_flat_and_whole():
-    config = from_dict(LEAST, {"quantization.allocate": {"bits": [2, 4], "budget_bpw": 3.5}, "quantization.dynamic": {"-:.*down": {}},
-                               "quantization.dataset": ["a text", "another"], "gate.max_kl": 0.5})  # fmt: skip
+    config = from_dict(
+        LEAST,
+        {
+            "quantization.allocate": {"bits": [2, 4], "budget_bpw": 3.5},
+            "quantization.dynamic": {"-:.*down": {}},
+            "quantization.dataset": ["a text", "another"],
+            "gate.max_kl": 0.5,
+        },
+    )
     params = fields.params(config)
     assert params["quantization.allocate.bits"] == "[2, 4]" and params["quantization.allocate.budget_bpw"] == "3.5"
     assert params["quantization.dynamic"] == '{"-:.*down": {}}' and params["quantization.dataset"] == "2 given in the config"
@@ -40,8 +51,12 @@ def test_sections_in_lists_have_a_key_each():
 
     rows = {}
     _flatten("evaluation.measures", [{"name": "arc", "seeds": [1, 2]}, {"name": "ptb", "dataset": ["x", "y"]}], rows)
-    assert rows == {"evaluation.measures.0.name": "arc", "evaluation.measures.0.seeds": "[1, 2]", "evaluation.measures.1.name": "ptb",
-                    "evaluation.measures.1.dataset": "2 given in the config"}  # fmt: skip
+    assert rows == {
+        "evaluation.measures.0.name": "arc",
+        "evaluation.measures.0.seeds": "[1, 2]",
+        "evaluation.measures.1.name": "ptb",
+        "evaluation.measures.1.dataset": "2 given in the config",
+    }
 
 
 def test_every_number_has_its_name_step_and_time(tmp_path):
@@ -52,8 +67,15 @@ def test_every_number_has_its_name_step_and_time(tmp_path):
     assert single["flips"] == 0.125 and single["overlap_share"] == 0.5 and single["kl"] == 0.25 and single["perplexity_increase"] == 0.25
     place = "measure/arc_easy/acc/"
     assert {key.removeprefix(place): value for key, value in single.items() if key.startswith(place)} == {
-        "original": 0.5, "quantized": 0.25, "recovery": 0.5, "recovery_low": 0.375, "recovery_high": 0.625, "lost": 3, "gained": 1,
-        "count": 8}  # fmt: skip
+        "original": 0.5,
+        "quantized": 0.25,
+        "recovery": 0.5,
+        "recovery_low": 0.375,
+        "recovery_high": 0.625,
+        "lost": 3,
+        "gained": 1,
+        "count": 8,
+    }
     assert single["measure/wikitext2/perplexity/recovery"] == 0.8 and "measure/wikitext2/perplexity/recovery_low" not in single
     assert "top1_agreement" not in single and "relative_error/mlp.up" not in single, "what was not measured is not told"
     assert told["relative_error/attn.q", 1] == (1.1, DAY) == told["block/worst_relative_error", 1] and told["tokens/mlp.up", 1] == (65, DAY)
@@ -82,10 +104,24 @@ def test_tags_are_what_people_filter_by(tmp_path):
     config = make_config(tmp_path, gate={"max_kl": 0.1}, model={"path": "models/llama", "revision": "main"})
     record = make_record(config, machine=records.machine() | {"gpu": "H200"}, source={"version": "1", "git": "abc-dirty"}, device="cuda")
     tags = fields.tags(config, record)
-    assert {"gptq.kind": "run", "gptq.model": "llama", "gptq.model_revision": "main", "gptq.model_digest": "m" * 64, "gptq.bits": "4",
-            "gptq.group_size": "128", "gptq.recipe": "tuned", "gptq.device": "H200", "gptq.kernels": "c", "gptq.code_version": "1",
-            "mlflow.source.git.commit": "abc-dirty", "gptq.evaluation": "e" * 64, "gptq.calibration": "d" * 64, "gptq.gate": "failed",
-            "prefect.flow_run_id": "p", "gptq.host": record["machine"]["host"]}.items() <= tags.items()  # fmt: skip
+    assert {
+        "gptq.kind": "run",
+        "gptq.model": "llama",
+        "gptq.model_revision": "main",
+        "gptq.model_digest": "m" * 64,
+        "gptq.bits": "4",
+        "gptq.group_size": "128",
+        "gptq.recipe": "tuned",
+        "gptq.device": "H200",
+        "gptq.kernels": "c",
+        "gptq.code_version": "1",
+        "mlflow.source.git.commit": "abc-dirty",
+        "gptq.evaluation": "e" * 64,
+        "gptq.calibration": "d" * 64,
+        "gptq.gate": "failed",
+        "prefect.flow_run_id": "p",
+        "gptq.host": record["machine"]["host"],
+    }.items() <= tags.items()
     assert "0.25 is above 0.1" in tags["gptq.gate.failed"] and all(isinstance(value, str) for value in tags.values())
     assert fields.tags(config, record | {"device": "cpu"})["gptq.device"] == "cpu"
     mixed = make_config(tmp_path, quantization={"bits": 4, "dataset": "t", "allocate": {"bits": [2, 4], "budget_bpw": 3.5}})

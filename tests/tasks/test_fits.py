@@ -14,10 +14,14 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def config(tiny_llama, corpus, tmp_path):
-    return from_dict({
-        "model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"bits": 4, "group_size": 32, "dataset": str(corpus)},
-        "calibration": {"samples": 32, "seqlen": 64}, "output": {"dir": str(tmp_path / "deep" / "out")},
-    })  # fmt: skip
+    return from_dict(
+        {
+            "model": {"path": str(tiny_llama), "device": "cpu"},
+            "quantization": {"bits": 4, "group_size": 32, "dataset": str(corpus)},
+            "calibration": {"samples": 32, "seqlen": 64},
+            "output": {"dir": str(tmp_path / "deep" / "out")},
+        }
+    )
 
 
 def needed(config):

@@ -53,11 +53,18 @@ def test_names_files_and_measures_in_place_mean_the_same(tmp_path):
     assert found.flat()["evaluation.measures.0.limit"] == 5 and found.flat()["evaluation.measures.1.dataset"] == "text.jsonl"
 
 
-@pytest.mark.parametrize(("measures", "said"), [
-    (["arc_eazy"], "did you mean 'arc_easy'"), ([{"kind": "tasks", "tasks": []}], "tasks"), ([{"tasks": ["a"]}], "kind"),
-    ([{"kind": "tasks", "tasks": ["a"], "shots": 3}], "shots"), (["none.yaml"], "'none.yaml' is no preset"),
-    ([{"kind": "perplexity", "dataset": "a.txt", "seqlen": 1}], "seqlen"), ("arc_easy", "list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("measures", "said"),
+    [
+        (["arc_eazy"], "did you mean 'arc_easy'"),
+        ([{"kind": "tasks", "tasks": []}], "tasks"),
+        ([{"tasks": ["a"]}], "kind"),
+        ([{"kind": "tasks", "tasks": ["a"], "shots": 3}], "shots"),
+        (["none.yaml"], "'none.yaml' is no preset"),
+        ([{"kind": "perplexity", "dataset": "a.txt", "seqlen": 1}], "seqlen"),
+        ("arc_easy", "list"),
+    ],
+)
 def test_what_is_wrong_is_told_when_the_config_is_made(measures, said):
     with pytest.raises(InputError, match=said):
         from_dict(BASE | {"evaluation": {"measures": measures}})

@@ -35,17 +35,26 @@ def home(tmp_path_factory, tiny_llama, corpus):
     questions = []
     for _ in range(24):
         start = chance.randrange(len(words) - 12)
-        choices = [" ".join(words[start + 8:start + 11]), " ".join(chance.sample(words, 3))]
-        questions.append({"context": " ".join(words[start:start + 8]), "choices": choices, "answer": 0})
+        choices = [" ".join(words[start + 8 : start + 11]), " ".join(chance.sample(words, 3))]
+        questions.append({"context": " ".join(words[start : start + 8]), "choices": choices, "answer": 0})
     (home / "tasks" / "pairs.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (home / "tasks" / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in corpus.read_text().splitlines()[:12]))
     common = {"dataset_path": "json", "test_split": "test"}
     tasks_ = {
-        "pairs": {"output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
-                  "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]},
-        "lines": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-                  "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
-    }  # fmt: skip
+        "pairs": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+        "lines": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        },
+    }
     for name, task in tasks_.items():
         whole = common | {"task": name, "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}, **task}
         (home / "tasks" / f"{name}.yaml").write_text(json.dumps(whole))
@@ -58,8 +67,14 @@ def home(tmp_path_factory, tiny_llama, corpus):
 @pytest.fixture
 def config(home, tiny_llama, corpus):
     def make(*measures):
-        return from_dict({"model": {"path": str(tiny_llama), "device": "cpu"}, "quantization": {"bits": 2, "dataset": str(corpus)},
-                          "output": {"dir": str(home / "out")}, "evaluation": {"measures": list(measures)}})  # fmt: skip
+        return from_dict(
+            {
+                "model": {"path": str(tiny_llama), "device": "cpu"},
+                "quantization": {"bits": 2, "dataset": str(corpus)},
+                "output": {"dir": str(home / "out")},
+                "evaluation": {"measures": list(measures)},
+            }
+        )
 
     return make
 
@@ -125,9 +140,11 @@ def test_a_group_is_its_questions_together(config, home):
 
 def test_a_group_that_lm_eval_sums_up_is_what_it_says_and_loses_no_metric(config, home):
     task(home, "unlike", "lines", include="lines.yaml")
-    (home / "tasks" / "summed.yaml").write_text(json.dumps({
-        "group": "summed", "task": ["pairs", "short", "unlike"],
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}]}))  # fmt: skip
+    (home / "tasks" / "summed.yaml").write_text(
+        json.dumps(
+            {"group": "summed", "task": ["pairs", "short", "unlike"], "aggregate_metric_list": [{"metric": "acc", "weight_by_size": False}]}
+        )
+    )
     (home / "tasks" / "few.jsonl").write_text("".join((home / "tasks" / "pairs.jsonl").read_text().splitlines(keepends=True)[:3]))
     task(home, "short", "few", include="pairs.yaml")
     rows = {(row["name"], row["metric"]): row for row in measured(config(own(home, "summed")))}
@@ -139,13 +156,23 @@ def test_a_group_that_lm_eval_sums_up_is_what_it_says_and_loses_no_metric(config
 
 
 def task(home, name, data, **keys):
-    (home / "tasks" / f"{name}.yaml").write_text(json.dumps(
-        {"task": name, "dataset_kwargs": {"data_files": {"test": f"{data}.jsonl"}}, **keys}))  # fmt: skip
+    (home / "tasks" / f"{name}.yaml").write_text(
+        json.dumps({"task": name, "dataset_kwargs": {"data_files": {"test": f"{data}.jsonl"}}, **keys})
+    )
 
 
 def test_scalar_log_likelihoods_become_a_perplexity_with_its_own_interval(config, home):
-    task(home, "last", "lines", dataset_path="json", test_split="test", output_type="loglikelihood", doc_to_text="{{text[:20]}}",
-         doc_to_target="{{text[20:]}}", metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}])
+    task(
+        home,
+        "last",
+        "lines",
+        dataset_path="json",
+        test_split="test",
+        output_type="loglikelihood",
+        doc_to_text="{{text[:20]}}",
+        doc_to_target="{{text[20:]}}",
+        metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    )
     (home / "tasks" / "lines.jsonl").write_text((home / "tasks" / "lines.jsonl").read_text() * 2)
     [row] = measured(config(own(home, "last")))
     assert row["interval"][0] <= row["recovery"] <= row["interval"][1] and row["count"] == 24

@@ -37,13 +37,16 @@ def server(status=200):
             http.shutdown()
 
 
-@pytest.mark.parametrize("record, said", [
-    ({"gate": None, "evaluation_error": None}, ["done"]),
-    ({"gate": {"passed": True}, "evaluation_error": None}, ["done", "passed"]),
-    ({"gate": {"passed": False}, "evaluation_error": None}, ["done", "failed"]),
-    ({"gate": None, "evaluation_error": "OSError: x"}, ["done", "failed"]),
-    ({"gate": {"passed": True}, "evaluation_error": "OSError: x"}, ["done", "failed"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ({"gate": None, "evaluation_error": None}, ["done"]),
+        ({"gate": {"passed": True}, "evaluation_error": None}, ["done", "passed"]),
+        ({"gate": {"passed": False}, "evaluation_error": None}, ["done", "failed"]),
+        ({"gate": None, "evaluation_error": "OSError: x"}, ["done", "failed"]),
+        ({"gate": {"passed": True}, "evaluation_error": "OSError: x"}, ["done", "failed"]),
+    ],
+)
 def test_what_happened(record, said):
     assert events(record) == said
 
@@ -91,13 +94,16 @@ def test_a_webhook_that_does_not_answer_costs_its_seconds():
     assert gone["webhook"]["error"] == "notify.webhook does not answer: ConnectError"
 
 
-@pytest.mark.parametrize("command, said", [
-    ("echo first >&2; echo went wrong >&2; exit 3", "notify.command ended with code 3: went wrong"),
-    ("no-such-command-of-ours", "notify.command ended with code 127"),
-    ("exit 1", "notify.command ended with code 1: no message"),
-    # also what the shell has started, which would hold it
-    ("sleep 60 | sleep 60", "notify.command took longer than notify.seconds = 0.3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("echo first >&2; echo went wrong >&2; exit 3", "notify.command ended with code 3: went wrong"),
+        ("no-such-command-of-ours", "notify.command ended with code 127"),
+        ("exit 1", "notify.command ended with code 1: no message"),
+        # also what the shell has started, which would hold it
+        ("sleep 60 | sleep 60", "notify.command took longer than notify.seconds = 0.3"),
+    ],
+)
 def test_a_command_that_fails_is_one_line(command, said):
     started = time.monotonic()
     found = notify(NotifyConfig(command=command, seconds=0.3 if "sleep" in command else 30), ["done"], CONTENT)

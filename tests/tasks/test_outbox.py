@@ -45,8 +45,18 @@ def test_equal_names_in_two_folders_are_two_entries(tracking, tmp_path):
     assert sorted(entry.path for entry in entries(tmp_path)) == [f"{tmp_path}/{folder}/sweep.json" for folder in "ab"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "run"}', '{"more": 1}', b"\xff\xfe",
-                                  json.dumps({"kind": "x", "path": "p", "directory": "d", "since": "s", "why": "w", "tracking": {}})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"kind": "run"}',
+        '{"more": 1}',
+        b"\xff\xfe",
+        json.dumps({"kind": "x", "path": "p", "directory": "d", "since": "s", "why": "w", "tracking": {}}),
+    ],
+)
 def test_a_damaged_entry_is_one_line_and_a_new_try_mends_it(tracking, tmp_path, text):
     outbox.put(tracking, "run", tmp_path / "x.run.json", "away")
     [file] = outbox.files(tmp_path / "outbox")

@@ -10,8 +10,14 @@ from tasks.evaluate import Progress, evaluate
 
 @pytest.fixture
 def config(tiny_llama, corpus, tmp_path):
-    return from_dict({"model": {"path": str(tiny_llama), "revision": "v1.2"}, "quantization": {"bits": 4, "dataset": str(corpus)},
-                      "calibration": {"samples": 3, "seqlen": 16}, "output": {"dir": str(tmp_path / "out")}})
+    return from_dict(
+        {
+            "model": {"path": str(tiny_llama), "revision": "v1.2"},
+            "quantization": {"bits": 4, "dataset": str(corpus)},
+            "calibration": {"samples": 3, "seqlen": 16},
+            "output": {"dir": str(tmp_path / "out")},
+        }
+    )
 
 
 def test_the_revision_reaches_all_that_open_the_model(config, monkeypatch):

@@ -26,17 +26,30 @@ def made(tmp_path, migrated):
         out = tmp_path / name
         out.mkdir(exist_ok=True)
         (out / "manifest.jsonl").write_text(f'{{"kind": "{name}"}}\n')
-        config = from_dict({"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}, "output": {"dir": str(out)},
-                            "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e",
-                                         "outbox": str(tmp_path / "outbox")},
-                            "gate": {"max_gb": 1, "register_as": "m", **gate}})
+        config = from_dict(
+            {
+                "model": {"path": "m"},
+                "quantization": {"bits": 4, "dataset": "t.txt"},
+                "output": {"dir": str(out)},
+                "tracking": {"uri": uri or f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e", "outbox": str(tmp_path / "outbox")},
+                "gate": {"max_gb": 1, "register_as": "m", **gate},
+            }
+        )
         data = {"file": "f", "digest": digest, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
         record = records.new(config, name * 8) | {
-            "finished_ms": 1_700_000_000_000, "seconds": 3.0, "calibration_data": data, "evaluation_data": data,
+            "finished_ms": 1_700_000_000_000,
+            "seconds": 3.0,
+            "calibration_data": data,
+            "evaluation_data": data,
             "assembly": {"bytes": 10, "original_bytes": 40, "bits_per_weight": 4.2, "quantized_layers": 4},
-            "evaluation": {"original_perplexity": 10.0, "quantized_perplexity": 10 * (1 + increase), "kl": kl, "top1_agreement": None,
-                           "digest": digest},
-        }  # fmt: skip
+            "evaluation": {
+                "original_perplexity": 10.0,
+                "quantized_perplexity": 10 * (1 + increase),
+                "kl": kl,
+                "top1_agreement": None,
+                "digest": digest,
+            },
+        }
         record["gate"] = judge(config.gate, record)
         record["mlflow"] = log_to_mlflow(config, record)
         assert record["mlflow"]["error"] is None
@@ -62,10 +75,15 @@ def test_the_first_version_takes_the_alias_and_tells_all(made):
     version = versions(config)["1"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", version.tags.pop("gptq.alias.champion"))
     assert version.tags == {
-        "gptq.key": record["key"], "gptq.run": record["id"], "gptq.measure": "kl", "gptq.kl": "0.25",
-        "gptq.perplexity_increase": repr(10 * 1.1 / 10 - 1), "gptq.evaluation": "e" * 64, "gptq.checkpoint": str(config.out),
+        "gptq.key": record["key"],
+        "gptq.run": record["id"],
+        "gptq.measure": "kl",
+        "gptq.kl": "0.25",
+        "gptq.perplexity_increase": repr(10 * 1.1 / 10 - 1),
+        "gptq.evaluation": "e" * 64,
+        "gptq.checkpoint": str(config.out),
         "gptq.manifest_sha256": hashlib.sha256((config.out / "manifest.jsonl").read_bytes()).hexdigest(),
-    }  # fmt: skip
+    }
     assert version.source == config.out.as_uri() and version.run_id == record["mlflow"]["run_id"], "nothing is copied"
 
 
@@ -146,10 +164,17 @@ def test_aliases_and_names_are_those_of_the_gate(made):
     assert promote_in_mlflow(config, record)["champion"], "an alias belongs to a name"
 
 
-@pytest.mark.parametrize("own, held, said", [
-    ({"gptq.kl": "nan"}, None, "its kl is nan"), ({}, None, "its kl is nan"), ({"gptq.kl": "inf"}, None, "its kl is inf"),
-    ({"gptq.kl": "1"}, {}, "not judged by kl"), ({"gptq.kl": "1"}, {"gptq.kl": "inf"}, None), ({"gptq.kl": "1"}, None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "own, held, said",
+    [
+        ({"gptq.kl": "nan"}, None, "its kl is nan"),
+        ({}, None, "its kl is nan"),
+        ({"gptq.kl": "inf"}, None, "its kl is inf"),
+        ({"gptq.kl": "1"}, {}, "not judged by kl"),
+        ({"gptq.kl": "1"}, {"gptq.kl": "inf"}, None),
+        ({"gptq.kl": "1"}, None, None),
+    ],
+)
 def test_broken_and_missing_numbers(own, held, said):
     text = {"gptq.evaluation": "e"}
     found = objection({**own, **text, "gptq.checkpoint": "a"}, None if held is None else {**held, **text, "gptq.checkpoint": "b"}, "kl")

@@ -44,10 +44,27 @@ def quick_figures(monkeypatch):
     monkeypatch.setattr("tasks.tracking.front", lambda sweep: Drawn())
 
 
-CALLS = ("get_experiment_by_name", "search_experiments", "create_experiment", "search_runs", "create_run", "log_batch", "log_inputs",
-         "log_artifact", "log_text", "log_dict", "set_terminated", "set_tag", "delete_run", "create_registered_model",
-         "create_model_version", "set_registered_model_alias", "get_model_version_by_alias", "search_model_versions",
-         "set_model_version_tag")  # fmt: skip
+CALLS = (
+    "get_experiment_by_name",
+    "search_experiments",
+    "create_experiment",
+    "search_runs",
+    "create_run",
+    "log_batch",
+    "log_inputs",
+    "log_artifact",
+    "log_text",
+    "log_dict",
+    "set_terminated",
+    "set_tag",
+    "delete_run",
+    "create_registered_model",
+    "create_model_version",
+    "set_registered_model_alias",
+    "get_model_version_by_alias",
+    "search_model_versions",
+    "set_model_version_tag",
+)
 
 
 class Cut:
@@ -136,8 +153,9 @@ def test_a_run_that_is_done_again_and_logged_clears_its_entry(tmp_path, store, m
 @pytest.fixture
 def swept(tmp_path):
     """A sweep of two cells as it lies on disk, both not logged; its config, sweep.json and records."""
-    configs = {name: make_config(tmp_path / "grid", name, tracking={"outbox": str(tmp_path / "outbox")}, gate=GATE)
-               for name in ("a=1", "a=2")}  # fmt: skip
+    configs = {
+        name: make_config(tmp_path / "grid", name, tracking={"outbox": str(tmp_path / "outbox")}, gate=GATE) for name in ("a=1", "a=2")
+    }
     made = {name: make_record(config, kl) for (name, config), kl in zip(configs.items(), (0.25, 0.5), strict=True)}
     return configs, make_sweep(tmp_path / "grid", made), made
 

@@ -18,8 +18,11 @@ from tasks.report.words import duration, number, percent, size
 
 def words(made, key=None):
     """All texts of a page, or of one of its sections."""
-    return json.dumps([[vars(part) for part in section.parts] for section in made.sections if key in (None, section.key)],
-                      default=lambda value: vars(value) if hasattr(value, "kind") else sorted(value), ensure_ascii=False)
+    return json.dumps(
+        [[vars(part) for part in section.parts] for section in made.sections if key in (None, section.key)],
+        default=lambda value: vars(value) if hasattr(value, "kind") else sorted(value),
+        ensure_ascii=False,
+    )
 
 
 def lead(made):
@@ -47,12 +50,21 @@ def test_noise_is_told_only_where_it_is_known():
 def test_what_was_left_or_fell_back_and_who_loads_it():
     made = runs.page(run(notes=["vLLM will not load it"]))
     left = words(made, "left")
-    for told in ("router: model.layers.0.mlp.gate", "model.layers.1.mlp.down_proj (not positive definite)", "was not kept: 1.",
-                 "extra.weight", "vLLM will not load it"):
+    for told in (
+        "router: model.layers.0.mlp.gate",
+        "model.layers.1.mlp.down_proj (not positive definite)",
+        "was not kept: 1.",
+        "extra.weight",
+        "vLLM will not load it",
+    ):
         assert told in left
     assert "rules it does not read" in words(made, "loads")
-    assert "none fell back" in words(runs.page(run(assembly=run()["assembly"] | {
-        "fallback_layers": [], "skipped": [], "untuned_blocks": [], "unused_source_tensors": []})), "left")
+    assert "none fell back" in words(
+        runs.page(
+            run(assembly=run()["assembly"] | {"fallback_layers": [], "skipped": [], "untuned_blocks": [], "unused_source_tensors": []})
+        ),
+        "left",
+    )
 
 
 def test_measures_memory_and_limits():
@@ -86,8 +98,19 @@ def test_old_and_unfinished_records_are_drawn_without_what_they_lack():
 
 
 def records_new():
-    return {"id": "a", "key": "b", "out": "runs/x", "config": {"quantization": {"bits": 3}}, "blocks": [], "assembly": None,
-            "evaluation": None, "stage_seconds": {}, "seconds": None, "peak_memory_bytes": None, "machine": {}}  # fmt: skip
+    return {
+        "id": "a",
+        "key": "b",
+        "out": "runs/x",
+        "config": {"quantization": {"bits": 3}},
+        "blocks": [],
+        "assembly": None,
+        "evaluation": None,
+        "stage_seconds": {},
+        "seconds": None,
+        "peak_memory_bytes": None,
+        "machine": {},
+    }
 
 
 def test_a_sweep_is_a_table_a_front_and_a_choice_with_its_reason():
@@ -191,8 +214,12 @@ def test_what_is_no_run_is_refused_with_what_would_do(finished):
     (finished / "list").mkdir()
     (finished / "list" / "sweep.json").write_text("[]")
     (finished / "half.run.json").write_text("{}")
-    for name, told in (("x.txt", "is no record: give"), ("nothing", "neither .*nothing.run.json nor"), ("half", "has no config"),
-                       ("list", "not one that `sweep` wrote")):
+    for name, told in (
+        ("x.txt", "is no record: give"),
+        ("nothing", "neither .*nothing.run.json nor"),
+        ("half", "has no config"),
+        ("list", "not one that `sweep` wrote"),
+    ):
         with pytest.raises(InputError, match=told):
             find(finished / name)
 
@@ -200,6 +227,17 @@ def test_what_is_no_run_is_refused_with_what_would_do(finished):
 def test_numbers_are_read_easily():
     assert (size(999), size(2_320_000), size(7.1e9)) == ("999 B", "2.32 MB", "7.10 GB")
     assert (number(25.4), number(0.0430), number(None), number(12345.6), number(7), number(True)) == (
-        "25.40", "0.04300", "–", "12,346", "7", "yes")
+        "25.40",
+        "0.04300",
+        "–",
+        "12,346",
+        "7",
+        "yes",
+    )
     assert (percent(0.0512, signed=True), percent(None), duration(0.031), duration(75), duration(600)) == (
-        "+5.1 %", "–", "0.031 s", "75 s", "10 min")
+        "+5.1 %",
+        "–",
+        "0.031 s",
+        "75 s",
+        "10 min",
+    )

@@ -31,8 +31,10 @@ def test_errors_are_a_map_of_blocks_by_layers_on_a_logarithmic_scale(blocks):
 
 
 def test_layers_that_not_every_block_has_and_errors_that_are_none_leave_holes():
-    blocks = [{"block": 0, "layers": [layer("model.layers.0.a", 0.1), layer("model.layers.0.b", None)]},
-              {"block": 1, "layers": [layer("model.layers.1.a", 0.0), layer("model.layers.1.c", math.nan)]}]  # fmt: skip
+    blocks = [
+        {"block": 0, "layers": [layer("model.layers.0.a", 0.1), layer("model.layers.0.b", None)]},
+        {"block": 1, "layers": [layer("model.layers.1.a", 0.0), layer("model.layers.1.c", math.nan)]},
+    ]
     [trace] = figures.errors(blocks).plot["data"]
     assert trace["y"] == ["a", "b", "c"]
     assert trace["z"] == [[-1.0, -1.0], [None, None], [None, None]]  # 0 has no logarithm: the lowest stands for it

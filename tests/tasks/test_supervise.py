@@ -31,8 +31,15 @@ def original(tiny_llama, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("job")
     Windows(torch.arange(64).view(2, 32), "test", 2).save(folder / "windows.safetensors")
-    return {"kind": "original", "threads": 1, "model": str(tiny_llama), "revision": None, "device": "cpu",
-            "windows": str(folder / "windows.safetensors"), "file": str(folder / "original.npy")}
+    return {
+        "kind": "original",
+        "threads": 1,
+        "model": str(tiny_llama),
+        "revision": None,
+        "device": "cpu",
+        "windows": str(folder / "windows.safetensors"),
+        "file": str(folder / "original.npy"),
+    }
 
 
 def silent(_text):
@@ -90,10 +97,17 @@ def test_a_bug_ends_the_worker_and_its_last_words_are_told(worker, original):
 
 def test_a_worker_ends_with_the_one_who_feeds_it(request, original):
     parent = subprocess.Popen(
-        [sys.executable, "-c", "import subprocess, sys, time\n"
-         "child = subprocess.Popen([sys.executable, '-m', 'tasks.worker'], stdin=subprocess.PIPE, start_new_session=True)\n"
-         "print(child.pid, flush=True); time.sleep(600)"],
-        cwd=request.config.rootpath, stdout=subprocess.PIPE, text=True)  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys, time\n"
+            "child = subprocess.Popen([sys.executable, '-m', 'tasks.worker'], stdin=subprocess.PIPE, start_new_session=True)\n"
+            "print(child.pid, flush=True); time.sleep(600)",
+        ],
+        cwd=request.config.rootpath,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     pid = int(parent.stdout.readline())
     assert json.loads(parent.stdout.readline()) == {"event": "ready", "pid": pid}
     parent.kill()

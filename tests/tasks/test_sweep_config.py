@@ -46,8 +46,17 @@ def test_a_grid_that_grows_keeps_the_names_it_had():
 
 
 def test_names_differ_where_settings_do_and_stay_single_path_components():
-    settings = [{"group_size": 1}, {"group_size": -1}, {"model.path": "a/b"}, {"model.path": "a-b"}, {"model.path": "../b"},
-                {"dynamic": {"x": {"bits": 2}}}, {"dynamic": {"x": {"bits": 3}}}, {"sym": True}, {"sym": "true"}]
+    settings = [
+        {"group_size": 1},
+        {"group_size": -1},
+        {"model.path": "a/b"},
+        {"model.path": "a-b"},
+        {"model.path": "../b"},
+        {"dynamic": {"x": {"bits": 2}}},
+        {"dynamic": {"x": {"bits": 3}}},
+        {"sym": True},
+        {"sym": "true"},
+    ]
     found = [cell_name(each) for each in settings[:-1]]
     assert len(set(found)) == len(found) and not any("/" in name or name.startswith(".") for name in found)
 
@@ -58,21 +67,24 @@ def test_an_invalid_combination_is_a_cell_with_its_reason_and_the_others_stand()
     assert good.config and bad.config is None and "static_groups" in bad.error
 
 
-@pytest.mark.parametrize(("keys", "told"), [
-    ({"grid": {"bits": []}}, "bits has no values"),
-    ({"grid": {}}, "no cells"),
-    ({"grid": {"bits": [5]}}, "no cell is valid"),
-    ({"grid": {"output.dir": ["a"]}}, "cannot be an axis"),
-    ({"base": BASE | {"output": {"dir": "x"}}}, "base.output.dir"),
-    ({"ray_address": "ray://h:1"}, "runner: ray"),
-    ({"runner": "ray", "mode": "screening"}, "runner: local"),
-    ({"choose": {"rule": "best_within_size"}}, "max_gb"),
-    ({"max_parallel": 0}, "greater than 0"),
-    ({"exclude": [{"bitz": 3}]}, "no axis of the grid"),
-    ({"runner": "ray", "max_parallel": 2}, "runner: local"),
-    ({"base": BASE | {"model": {"path": "m", "device": "cuda:1"}}}, r"devices: \['1'\]"),
-    ({"base": BASE | {"output": "x"}}, "sections"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"grid": {"bits": []}}, "bits has no values"),
+        ({"grid": {}}, "no cells"),
+        ({"grid": {"bits": [5]}}, "no cell is valid"),
+        ({"grid": {"output.dir": ["a"]}}, "cannot be an axis"),
+        ({"base": BASE | {"output": {"dir": "x"}}}, "base.output.dir"),
+        ({"ray_address": "ray://h:1"}, "runner: ray"),
+        ({"runner": "ray", "mode": "screening"}, "runner: local"),
+        ({"choose": {"rule": "best_within_size"}}, "max_gb"),
+        ({"max_parallel": 0}, "greater than 0"),
+        ({"exclude": [{"bitz": 3}]}, "no axis of the grid"),
+        ({"runner": "ray", "max_parallel": 2}, "runner: local"),
+        ({"base": BASE | {"model": {"path": "m", "device": "cuda:1"}}}, r"devices: \['1'\]"),
+        ({"base": BASE | {"output": "x"}}, "sections"),
+    ],
+)
 def test_what_makes_no_sense_is_refused_with_a_reason(keys, told):
     with pytest.raises(ValueError, match=told):
         sweep(**keys)

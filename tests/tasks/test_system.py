@@ -69,8 +69,13 @@ def test_of_gpus_only_those_that_are_used_are_told(monkeypatch, load, told):
     def absent(index):
         raise ModuleNotFoundError("pynvml")
 
-    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 2, memory_reserved=lambda index: index,
-                           utilization=load or absent, mem_get_info=lambda index: (25_000_000, 100_000_000))  # fmt: skip
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 2,
+        memory_reserved=lambda index: index,
+        utilization=load or absent,
+        mem_get_info=lambda index: (25_000_000, 100_000_000),
+    )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     found = {key: value for key, value in sample().items() if key.startswith("gpu_")}
     assert found == {"gpu_1_memory_usage_megabytes": 75.0, "gpu_1_memory_usage_percentage": 75.0, **told}

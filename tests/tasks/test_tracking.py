@@ -16,8 +16,14 @@ def config(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "manifest.jsonl").write_text('{"kind": "start"}\n')
-    return from_dict({"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}, "output": {"dir": str(out)},
-                      "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e", "outbox": str(tmp_path / "outbox")}})
+    return from_dict(
+        {
+            "model": {"path": "m"},
+            "quantization": {"bits": 4, "dataset": "t.txt"},
+            "output": {"dir": str(out)},
+            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "e", "outbox": str(tmp_path / "outbox")},
+        }
+    )
 
 
 @pytest.fixture
@@ -27,12 +33,17 @@ def record(config):
 
     data = {"file": "f", "digest": "d" * 64, "source": "t.txt", "windows": 2, "seqlen": 8, "total_windows": 9}
     return records.new(config, "k" * 64) | {
-        "finished_ms": 1_700_000_000_000, "seconds": 3.0, "stage_seconds": {"forward": 1.0}, "peak_memory_bytes": {"host": 5},
-        "calibration_data": data, "evaluation_data": data | {"digest": "e" * 64}, "prefect_flow_run_id": "p",
+        "finished_ms": 1_700_000_000_000,
+        "seconds": 3.0,
+        "stage_seconds": {"forward": 1.0},
+        "peak_memory_bytes": {"host": 5},
+        "calibration_data": data,
+        "evaluation_data": data | {"digest": "e" * 64},
+        "prefect_flow_run_id": "p",
         "assembly": {"bytes": 10, "original_bytes": 40, "bits_per_weight": 4.2, "quantized_layers": 4},
         "evaluation": {"original_perplexity": 2.0, "quantized_perplexity": 2.5, "kl": 0.25, "top1_agreement": None},
         "blocks": [{"block": b, "seconds": 0.5, "layers": [layer(b, "attn.q", 0.1 + b), layer(b, "mlp.up", None)]} for b in range(2)],
-    }  # fmt: skip
+    }
 
 
 def runs(config):
@@ -59,8 +70,9 @@ def test_everything_is_logged_once_however_often_it_is_tried(config, record):
     assert artifacts == {"manifest.jsonl", "config.yaml", "run.json", "relative_error.png"}
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x",
-                                 "mysql+no_such_driver://127.0.0.1:1/db"])
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x", "mysql+no_such_driver://127.0.0.1:1/db"]
+)
 def test_a_store_that_is_away_costs_only_its_copy(config, record, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     away = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
@@ -81,11 +93,15 @@ def test_a_missing_driver_and_a_newer_database_are_told_in_one_line(config, reco
     assert outcome["run_id"] is None and outcome["error"] == f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.parametrize("uri, page", [
-    ("http://127.0.0.1:5000", "http://127.0.0.1:5000/#/experiments/7/runs/r"),
-    ("https://me:s3cret@host/ml/", "https://host/ml/#/experiments/7/runs/r"),
-    ("sqlite:///mlflow.db", None), ("env:GPTQ_STORE", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "uri, page",
+    [
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000/#/experiments/7/runs/r"),
+        ("https://me:s3cret@host/ml/", "https://host/ml/#/experiments/7/runs/r"),
+        ("sqlite:///mlflow.db", None),
+        ("env:GPTQ_STORE", None),
+    ],
+)
 def test_the_page_of_a_run_is_told_where_the_config_tells_the_server(uri, page, monkeypatch):
     monkeypatch.setenv("GPTQ_STORE", "http://s3cret")
     outcome = guarded(TrackingConfig(uri=uri), lambda: {"run_id": "r", "experiment_id": "7"})

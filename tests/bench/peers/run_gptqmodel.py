@@ -13,8 +13,9 @@ args, steps = arguments(), Steps()
 import torch  # noqa: E402 - after the environment is set
 from gptqmodel import GPTQModel, QuantizeConfig  # noqa: E402
 
-config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=True, desc_act=False, damp_percent=DAMPING,
-                        offload_to_disk=False, device="cpu")  # fmt: skip
+config = QuantizeConfig(
+    bits=args.bits, group_size=args.group_size, sym=True, desc_act=False, damp_percent=DAMPING, offload_to_disk=False, device="cpu"
+)
 with steps("load"):
     model = GPTQModel.load(args.model, config, dtype=torch_dtype(args.dtype))
 rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in args.tokens]

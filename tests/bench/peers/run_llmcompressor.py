@@ -21,8 +21,15 @@ rows = Dataset.from_dict({"input_ids": args.tokens.tolist(), "attention_mask": t
 weights = {"num_bits": args.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": args.group_size}
 recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"], dampening_frac=DAMPING)
 with steps("quantize"):
-    oneshot(model=model, dataset=rows, recipe=recipe, max_seq_length=args.tokens.shape[1], num_calibration_samples=len(args.tokens),
-            shuffle_calibration_samples=False, batch_size=BATCH)  # fmt: skip
+    oneshot(
+        model=model,
+        dataset=rows,
+        recipe=recipe,
+        max_seq_length=args.tokens.shape[1],
+        num_calibration_samples=len(args.tokens),
+        shuffle_calibration_samples=False,
+        batch_size=BATCH,
+    )
 packed = Path(args.out).with_suffix(".packed")
 with steps("save"):
     model.save_pretrained(packed, save_compressed=True)

@@ -22,8 +22,17 @@ with steps("load"):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 # batches of one: it pads larger ones with a collator of its own, and one window fills the GEMMs of a CPU
 rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in args.tokens]
-quantizer = GPTQQuantizer(bits=args.bits, dataset=rows, group_size=args.group_size, damp_percent=DAMPING, desc_act=False, sym=True,
-                          true_sequential=not args.by_block, model_seqlen=args.tokens.shape[1], batch_size=1)  # fmt: skip
+quantizer = GPTQQuantizer(
+    bits=args.bits,
+    dataset=rows,
+    group_size=args.group_size,
+    damp_percent=DAMPING,
+    desc_act=False,
+    sym=True,
+    true_sequential=not args.by_block,
+    model_seqlen=args.tokens.shape[1],
+    batch_size=1,
+)
 with steps("quantize"):
     model = quantizer.quantize_model(model, tokenizer)
 with steps("save"):

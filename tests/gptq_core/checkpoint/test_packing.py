@@ -18,9 +18,15 @@ GOLDEN_COUNTING = {
     8: "03020100 07060504 0B0A0908 0F0E0D0C 13121110 17161514 1B1A1918 1F1E1D1C",
 }
 GOLDEN_SYMMETRIC = {
-    ("gptq_v2", 2): "AAAAAAAA", ("gptq_v2", 3): "24924924 49249249 92492492", ("gptq_v2", 4): "88888888", ("gptq_v2", 8): "80808080",
-    ("gptq", 2): "55555555", ("gptq", 3): "DB6DB6DB B6DB6DB6 6DB6DB6D", ("gptq", 4): "77777777", ("gptq", 8): "7F7F7F7F",
-}  # fmt: skip
+    ("gptq_v2", 2): "AAAAAAAA",
+    ("gptq_v2", 3): "24924924 49249249 92492492",
+    ("gptq_v2", 4): "88888888",
+    ("gptq_v2", 8): "80808080",
+    ("gptq", 2): "55555555",
+    ("gptq", 3): "DB6DB6DB B6DB6DB6 6DB6DB6D",
+    ("gptq", 4): "77777777",
+    ("gptq", 8): "7F7F7F7F",
+}
 
 
 def hexadecimal(words: torch.Tensor) -> str:
@@ -44,8 +50,13 @@ def test_golden_symmetric_zeros(format, bits):
 
 @pytest.mark.parametrize("in_c", [True, False])
 @settings(deadline=None, max_examples=60)
-@given(bits=st.sampled_from([2, 3, 4, 8]), units=st.integers(1, 4), columns=st.sampled_from([1, 2, 5, 63, 64, 130]),
-       apart=st.booleans(), seed=st.integers(0, 2**31))  # fmt: skip
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    units=st.integers(1, 4),
+    columns=st.sampled_from([1, 2, 5, 63, 64, 130]),
+    apart=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 def test_round_trip_and_oracle(in_c, bits, units, columns, apart, seed):
     if in_c and not dispatch.compiles():
         pytest.skip("no C compiler")

@@ -141,8 +141,15 @@ def test_torchs_threads_share_what_is_large(monkeypatch):
 @in_c
 def test_operands_that_do_not_fit_are_refused():
     x, total = operand(9, 12), torch.zeros(12, 12)
-    for wrong in [(total, x, x[1:]), (total[1:], x, x), (total, x.T, x), (total.T[:, ::2], x, x[:, ::2]), (total, x, x.float()),
-                  (total.double(), x, x), (torch.zeros(9, 9), x.T, x.T)]:  # fmt: skip
+    for wrong in [
+        (total, x, x[1:]),
+        (total[1:], x, x),
+        (total, x.T, x),
+        (total.T[:, ::2], x, x[:, ::2]),
+        (total, x, x.float()),
+        (total.double(), x, x),
+        (torch.zeros(9, 9), x.T, x.T),
+    ]:
         with pytest.raises(AssertionError):
             compiled.add_products([wrong])
 

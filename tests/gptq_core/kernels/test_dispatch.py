@@ -43,9 +43,10 @@ def test_a_block_longer_than_registers_hold_descends_in_the_twin(everywhere):
     assert torch.equal(change.double(), (expected[0] - expected[1]).round().clamp(0, 15))
 
 
-@pytest.mark.parametrize(("missing", "told"), [
-    ("triton", "pip install triton"), ("compiler", r"does not start \(no gcc\): it wants a C compiler"), ("gpu", "this one has 6.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [("triton", "pip install triton"), ("compiler", r"does not start \(no gcc\): it wants a C compiler"), ("gpu", "this one has 6.1")],
+)
 def test_a_gpu_without_triton_is_told_of_once(missing, told, monkeypatch, caplog):
     class Driver(types.SimpleNamespace):
         @property
@@ -61,9 +62,10 @@ def test_a_gpu_without_triton_is_told_of_once(missing, told, monkeypatch, caplog
     dispatch.runs_on.cache_clear()
 
 
-@pytest.mark.parametrize(("missing", "told"), [
-    ("compiler", "no cc, gcc or clang on the PATH"), ("flag", "false ended with 1"), ("cache", "[Nn]ot a directory|[Ff]ile exists"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [("compiler", "no cc, gcc or clang on the PATH"), ("flag", "false ended with 1"), ("cache", "[Nn]ot a directory|[Ff]ile exists")],
+)
 def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch, caplog, fresh):
     if missing == "compiler":
         monkeypatch.delenv("CC", raising=False)
@@ -76,8 +78,10 @@ def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch
         assert dispatch.kernels(torch.zeros(8, 12)) is None
     assert len(caplog.messages) == 1 and re.search(told, caplog.text)
     # and the work is done all the same
-    assert torch.equal(descent.descend_columns(torch.zeros(1, 4, dtype=torch.uint8), -torch.ones(1, 4), torch.ones(4), torch.zeros(4), 15,
-                                               torch.eye(1)), torch.ones(1, 4))  # fmt: skip
+    assert torch.equal(
+        descent.descend_columns(torch.zeros(1, 4, dtype=torch.uint8), -torch.ones(1, 4), torch.ones(4), torch.zeros(4), 15, torch.eye(1)),
+        torch.ones(1, 4),
+    )
 
 
 def test_products_of_bfloat16_are_named_where_forwards_are_in_it(monkeypatch):
