@@ -287,8 +287,8 @@ def settings(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]
 def validated(schema: Any, **values: Any) -> Any:
     from pydantic import ValidationError
 
-    from gptq_core.config import explain
     from gptq_core.errors import InputError
+    from gptq_core.schema import explain
 
     try:
         return schema(**values)

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gptq_core.config import Schema, explain
 from gptq_core.errors import InputError
+from gptq_core.schema import Schema, explain
 
 
 class Limit(Schema):

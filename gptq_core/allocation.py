@@ -39,10 +39,8 @@ from gptq_core.factor import factorize
 from gptq_core.hessian import Hessian
 from gptq_core.screening import OriginalStream, quantized
 from gptq_core.selection import Selection, bits_on_disk
+from gptq_core.work_sizes import PROBE_TOKENS, PROBED_WIDTHS
 
-PROBE_TOKENS = 4096
-"""Tokens on which the KL of a unit is measured, at least one window."""
-PROBED_WIDTHS = 2
 LARGEST_FRONT = 50_000
 """Partial choices kept in the knapsack: as long as they are not more, its result is exact."""
 

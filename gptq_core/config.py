@@ -11,17 +11,9 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PlainValidator, TypeAdapter, ValidationError, field_validator, model_validator
+
+from gptq_core.schema import Schema, explain
 
 Bits = Literal[2, 3, 4, 8]
 Format = Literal["gptq", "gptq_v2"]
@@ -77,23 +69,6 @@ def _damping(value: Any) -> float | str:
 
 
 Damping = Annotated[float | str, PlainValidator(_damping)]
-
-
-class Schema(BaseModel):
-    """A frozen pydantic model that refuses unknown keys and names the nearest known one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys_only(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.4)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"unknown key {key!r}: {hint}")
-        return data
 
 
 TUNED = {"static_groups": True, "scale_search": "weighted", "refit": True, "descent": 1}
@@ -325,21 +300,3 @@ def _true(value: Any) -> bool:
 def expression(rule: str) -> str:
     """The regular expression of a `dynamic` rule."""
     return rule[2:] if rule.startswith(("-:", "+:")) else rule
-
-
-def explain(error: ValidationError, under: str = "") -> str:
-    """A pydantic error as one line: each problem as `key = value: rule`, dotted from `under`."""
-    problems = []
-    for item in error.errors():
-        # pydantic puts the branch of a union into the location; users know only the keys
-        keys = [str(part) for part in item["loc"] if not str(part).startswith(("list[", "str", "function-"))]
-        where = ".".join(([under] if under else []) + keys)
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            problems.append(f"{where} is required: add it to the config or give it on the command line")
-        elif item["type"] == "value_error" and isinstance(item["input"], dict):
-            problems.append(f"{where}: {message}" if where else message)
-        else:
-            value = repr(item["input"])
-            problems.append(f"{where} = {value if len(value) < 80 else value[:77] + '...'}: {message[0].lower() + message[1:]}")
-    return "; ".join(dict.fromkeys(problems))

@@ -44,9 +44,8 @@ from gptq_core.kernels import dispatch
 from gptq_core.stages import Stages
 from gptq_core.summary import summarize
 from gptq_core.tuning import tune
+from gptq_core.work_sizes import TOKENS_PER_FORWARD
 
-TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
-"""Tokens of one calibration batch: enough to fill the GEMMs, few enough that a batch's activations stay small."""
 LARGE_GROUP = 4096
 """Inputs from which solving takes so much memory and time that the heap's free pages are given back before: the forward that follows
 must fault them in again, which on a small model is a tenth of the whole run."""

@@ -52,7 +52,7 @@ from gptq_core import architecture, solver, surroundings, walk
 from gptq_core.calibration import Windows
 from gptq_core.checkpoint.reader import resolve
 from gptq_core.config import QuantizeConfig
-from gptq_core.engine import TOKENS_PER_FORWARD, Quantization
+from gptq_core.engine import Quantization
 from gptq_core.errors import FactorizationError, InputError
 from gptq_core.evaluation import Comparison, log_probabilities, pieces, vocabulary_of
 from gptq_core.factor import Factor, column_order, factorize
@@ -60,6 +60,7 @@ from gptq_core.group import Member, solve_group
 from gptq_core.hessian import Hessian
 from gptq_core.plan import plan
 from gptq_core.selection import Selection
+from gptq_core.work_sizes import TOKENS_PER_FORWARD
 
 SET_ASIDE = {"target_shift": 0.0, "residual_shift": 0.0, "tuning_steps": 0}
 """What has no meaning where nothing upstream is quantized, and its value for that."""

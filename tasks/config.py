@@ -14,8 +14,9 @@ from urllib.parse import parse_qsl, urlsplit
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from gptq_core.config import QuantizeConfig, Schema, explain, kernel_name
+from gptq_core.config import QuantizeConfig, kernel_name
 from gptq_core.errors import InputError
+from gptq_core.schema import Schema, explain
 from tasks.measures import Measures
 from tasks.settings import FORMS, is_reference, resolve
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from gptq_core.config import Schema
+from gptq_core.schema import Schema
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "configs" / "measures"

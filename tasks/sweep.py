@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
-from gptq_core.config import Schema, explain
 from gptq_core.errors import InputError
+from gptq_core.schema import Schema, explain
 from tasks.config import RunConfig, from_dict, load_yaml, without_password
 
 Positive = Annotated[int, Field(gt=0)]

@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from gptq_core.config import RECIPES, QuantizeConfig, explain
+from gptq_core.config import RECIPES, QuantizeConfig
+from gptq_core.schema import explain
 
 
 def test_defaults_are_the_reference_schema():
