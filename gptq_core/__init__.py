@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptq_core.allocation import Allocation, allocate
-    from gptq_core.calibration import Windows, calibration_windows, evaluation_windows
     from gptq_core.checkpoint.inspection import inspect_checkpoint
     from gptq_core.config import QuantizeConfig
+    from gptq_core.data.windows import Windows, calibration_windows, evaluation_windows
     from gptq_core.engine import Quantization
     from gptq_core.errors import GPTQError
     from gptq_core.evaluation import evaluate_pair

@@ -29,14 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptq_core import solver, surroundings
-from gptq_core.calibration import Windows
+from gptq_core import surroundings
 from gptq_core.checkpoint.format import FUSED
 from gptq_core.config import QuantizeConfig
+from gptq_core.data.windows import Windows
 from gptq_core.engine import Quantization, content_key
 from gptq_core.errors import FactorizationError, InputError
-from gptq_core.factor import factorize
-from gptq_core.hessian import Hessian
+from gptq_core.method import solver
+from gptq_core.method.factor import factorize
+from gptq_core.method.hessian import Hessian
 from gptq_core.screening import OriginalStream, quantized
 from gptq_core.selection import Selection, bits_on_disk
 from gptq_core.work_sizes import PROBE_TOKENS, PROBED_WIDTHS

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from gptq_core.errors import CorruptCheckpointError, InputError, UnsupportedModelError
-from gptq_core.processor import multiplies_in_bfloat16
+from gptq_core.kernels.processor import multiplies_in_bfloat16
 
 Read = Callable[[str], Tensor]
 

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_core import architecture, grid
+from gptq_core import architecture
 from gptq_core.architecture import Decoder
 from gptq_core.checkpoint import format
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
+from gptq_core.method import grid
+from gptq_core.method.solver import Solution
 from gptq_core.selection import Selection
-from gptq_core.solver import Solution
 
 
 def packed(tensors: dict[str, Tensor], solutions: dict[str, Solution], selection: Selection) -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_core import grid
 from gptq_core.architecture import load_config
 from gptq_core.checkpoint.format import CARRIED, LEAVES, layout, read_quantization_config
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import InputError
+from gptq_core.method import grid
 
 
 def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:

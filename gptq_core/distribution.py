@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptq_core.solver import Solution
+from gptq_core.method.solver import Solution
 
 
 def distribution(solution: Solution, bits: int) -> dict[str, Any]:

@@ -30,18 +30,20 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gptq_core import architecture, assembly, backends, heap, selection, solver, surroundings, walk
-from gptq_core.calibration import Windows
+from gptq_core import architecture, assembly, backends, selection, surroundings, walk
 from gptq_core.checkpoint import card, format
 from gptq_core.checkpoint.reader import Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
+from gptq_core.data.windows import Windows
 from gptq_core.distribution import distribution
 from gptq_core.errors import InputError
 from gptq_core.group import Member, solve_group
-from gptq_core.hessian import Hessian, Shift
 from gptq_core.kernels import dispatch
-from gptq_core.stages import Stages
+from gptq_core.method import solver
+from gptq_core.method.hessian import Hessian, Shift
+from gptq_core.runtime import heap
+from gptq_core.runtime.timing import Stages
 from gptq_core.summary import summarize
 from gptq_core.tuning import tune
 from gptq_core.work_sizes import TOKENS_PER_FORWARD

@@ -37,15 +37,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from gptq_core import architecture, solver, tuning
+from gptq_core import architecture, tuning
 from gptq_core.allocation import units_of
 from gptq_core.config import QuantizeConfig
-from gptq_core.descent import BLOCK
 from gptq_core.errors import InputError
 from gptq_core.evaluation import pieces
-from gptq_core.factor import PANEL, factorize
 from gptq_core.footprint import Footprint, footprints, resident
-from gptq_core.hessian import Hessian, panels, products_dtype
+from gptq_core.method import solver
+from gptq_core.method.descent import BLOCK
+from gptq_core.method.factor import PANEL, factorize
+from gptq_core.method.hessian import Hessian, panels, products_dtype
 from gptq_core.plan import Plan
 from gptq_core.work_sizes import PROBE_TOKENS, PROBED_WIDTHS, TOKENS_PER_FORWARD
 

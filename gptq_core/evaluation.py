@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_core import backends
 from gptq_core.architecture import choose_device, judging_dtype, load_config
-from gptq_core.calibration import Windows
 from gptq_core.checkpoint.reader import Checkpoint, resolve
+from gptq_core.data.windows import Windows
 from gptq_core.errors import CorruptCheckpointError, InputError
 from gptq_core.linear import load_quantized, to_dense
 

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gptq_core import architecture, surroundings, walk
 from gptq_core.architecture import Decoder
-from gptq_core.heap import KEPT, ON_HEAP
+from gptq_core.runtime.heap import KEPT, ON_HEAP
 
 ALIGNMENT = 128
 """Bytes beyond its size that an aligned allocation looks for, so that the hole of an equal tensor does not do for it."""

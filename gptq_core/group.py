@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_core import solver
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
-from gptq_core.factor import Factor, damping, factorize
-from gptq_core.hessian import Hessian, Shift
-from gptq_core.stages import Stages
+from gptq_core.method import solver
+from gptq_core.method.factor import Factor, damping, factorize
+from gptq_core.method.hessian import Hessian, Shift
+from gptq_core.runtime.timing import Stages
 
 Factorize = Callable[[Tensor, QuantizeConfig, str, int], Factor]
 """`factor.factorize`, or what keeps its results for others that solve on the same Hessian."""

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gptq_core import architecture, backends, grid
+from gptq_core import architecture, backends
 from gptq_core.checkpoint.format import layout, read_quantization_config
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.errors import CorruptCheckpointError
+from gptq_core.method import grid
 
 
 class QuantizedLinear(nn.Module):

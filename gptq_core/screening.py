@@ -48,16 +48,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_core import architecture, solver, surroundings, walk
-from gptq_core.calibration import Windows
+from gptq_core import architecture, surroundings, walk
 from gptq_core.checkpoint.reader import resolve
 from gptq_core.config import QuantizeConfig
+from gptq_core.data.windows import Windows
 from gptq_core.engine import Quantization
 from gptq_core.errors import FactorizationError, InputError
 from gptq_core.evaluation import Comparison, log_probabilities, pieces, vocabulary_of
-from gptq_core.factor import Factor, column_order, factorize
 from gptq_core.group import Member, solve_group
-from gptq_core.hessian import Hessian
+from gptq_core.method import solver
+from gptq_core.method.factor import Factor, column_order, factorize
+from gptq_core.method.hessian import Hessian
 from gptq_core.plan import plan
 from gptq_core.selection import Selection
 from gptq_core.work_sizes import TOKENS_PER_FORWARD

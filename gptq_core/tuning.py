@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gptq_core.solver import Solution
+from gptq_core.method.solver import Solution
 from gptq_core.surroundings import Call
 
 WINDOWS_A_STEP = 4

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gptq_core.errors import UnsupportedModelError
-from gptq_core.hessian import Hessian, Shift
-from gptq_core.stages import Stages
+from gptq_core.method.hessian import Hessian, Shift
+from gptq_core.runtime.timing import Stages
 from gptq_core.surroundings import Call
 
 

@@ -10,8 +10,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gptq_core import allocation
-from gptq_core.calibration import Windows
 from gptq_core.checkpoint.writer import replace_file
+from gptq_core.data.windows import Windows
 from tasks.config import RunConfig
 from tasks.evaluate import Progress
 from tasks.prepare import allocation_file, request_key

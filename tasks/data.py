@@ -10,8 +10,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gptq_core.calibration import Windows
-from gptq_core.overlap import NGRAM
+from gptq_core.data.overlap import NGRAM
+from gptq_core.data.windows import Windows
 from tasks.config import RunConfig
 from tasks.prepare import Prepared, prepare
 from tasks.record import beside

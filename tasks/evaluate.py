@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gptq_core import backends
-from gptq_core.calibration import Windows
+from gptq_core.data.windows import Windows
 from gptq_core.evaluation import evaluate_one, evaluate_pair
 from tasks.config import RunConfig
 from tasks.measuring import measure_all

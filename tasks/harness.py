@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import yaml
 
+from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import GPTQError, InputError
 from gptq_core.evaluation import load_for_evaluation
-from gptq_core.source import load_tokenizer
 from tasks.measures import TasksMeasure
 
 

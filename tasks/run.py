@@ -12,9 +12,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from gptq_core.calibration import Windows
 from gptq_core.checkpoint.card import rewrite as write_card
 from gptq_core.config import kernel_name
+from gptq_core.data.windows import Windows
 from gptq_core.engine import Quantization
 from gptq_core.errors import GPTQError
 from tasks import record as records

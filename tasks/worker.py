@@ -93,9 +93,9 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     import torch
 
     from gptq_core import screen
-    from gptq_core.calibration import Windows
     from gptq_core.checkpoint import reader
     from gptq_core.config import QuantizeConfig
+    from gptq_core.data.windows import Windows
     from gptq_core.evaluation import store_original
     from tasks import record as records
     from tasks.config import from_dict

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from gptq_core.kernels import compiled, dispatch
+from gptq_core.kernels import c_loops, dispatch
 
 CODES_PER_UNIT = 32
 """Codes that fill a whole number of words at any width; the packed axis must be a multiple of it."""
@@ -22,7 +22,7 @@ def pack(codes: UInt8[Tensor, "n m"], bits: int) -> Int32[Tensor, "words m"]:
     n, m = codes.shape
     assert n % CODES_PER_UNIT == 0, f"packed axis of {n} is not a multiple of {CODES_PER_UNIT}"
     if codes.is_cpu and dispatch.compiles():
-        return compiled.pack(codes, bits)
+        return c_loops.pack(codes, bits)
     units = codes.view(n // CODES_PER_UNIT, CODES_PER_UNIT, m)
     words = torch.zeros(n // CODES_PER_UNIT, bits, m, dtype=torch.int32, device=codes.device)
     for i in range(CODES_PER_UNIT):

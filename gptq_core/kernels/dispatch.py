@@ -18,12 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gptq_core.processor import has_avx512_bf16
+from gptq_core.kernels.processor import has_avx512_bf16
 
 log = logging.getLogger(__name__)
 
-LARGEST_BLOCK = 128
-"""Columns that a program of the sweep or of the descent holds at once."""
 small_operations = threading.Lock()
 """Held by a twin that walks columns: two threads that do so at once would do little but hand Python's own lock to and fro."""
 OLDEST_GPU = (7, 0)
@@ -36,13 +34,13 @@ def kernels(*tensors: Tensor) -> ModuleType | None:
         return None
     device = tensors[0].device
     if runs_on(device):
-        from gptq_core.kernels import fused  # only here is Triton imported
+        from gptq_core.kernels import triton_loops  # only here is Triton imported
 
-        return fused
+        return triton_loops
     if device.type == "cpu" and compiles():
-        from gptq_core.kernels import compiled
+        from gptq_core.kernels import c_loops
 
-        return compiled
+        return c_loops
     return None
 
 
@@ -82,10 +80,10 @@ def _obstacle(capability: tuple[int, int]) -> str | None:
 @functools.cache
 def compiles() -> bool:
     """Whether the C loops can be built, or were built before. Where they cannot, the log tells once why."""
-    from gptq_core.kernels import compiled
+    from gptq_core.kernels import c_loops
 
     try:
-        compiled.library()
+        c_loops.library()
     except OSError as error:
         obstacle = str(error)
     except subprocess.CalledProcessError as error:
@@ -105,15 +103,15 @@ def compiles() -> bool:
 def compiles_products() -> bool:
     """Whether products of bfloat16 inputs can be given to C: this processor has the instructions, and the compiler knew them. Where it
     did not, the log tells once."""
-    from gptq_core.kernels import compiled
+    from gptq_core.kernels import c_loops
 
     if not has_avx512_bf16() or not compiles():
         return False
-    known = compiled.has_products()
+    known = c_loops.has_products()
     if not known:
         log.warning(
             "the C compiler that made %s does not know this processor's instructions for bfloat16; bfloat16 inputs are summed up in "
             "float32, which is slower: install gcc 10 or clang 9, or newer ones, and remove that file",
-            compiled.library()._name,
+            c_loops.library()._name,
         )
     return known

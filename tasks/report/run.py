@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gptq_core.overlap import objection
+from gptq_core.data.overlap import objection
 from tasks import record as records
 from tasks.gate import failed
 from tasks.report import figures

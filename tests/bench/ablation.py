@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from gptq_core import Quantization, QuantizeConfig, Windows, calibration_windows, evaluate_pair, evaluation_windows
 from gptq_core.config import RECIPES
-from gptq_core.source import load_tokenizer
+from gptq_core.data.tokenizer import load_tokenizer
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the choice of the backend

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from gptq_core import Allocation, Quantization, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
 from gptq_core.allocation import choose
+from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.selection import Selection
-from gptq_core.source import load_tokenizer
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 WIDTHS = [2, 3, 4, 8]

@@ -17,9 +17,9 @@ import torch
 from ablation import quantize
 
 from gptq_core import QuantizeConfig, Windows, calibration_windows, engine, evaluate_pair, evaluation_windows
+from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.group import Member, solve_group
-from gptq_core.solver import round_to_nearest
-from gptq_core.source import load_tokenizer
+from gptq_core.method.solver import round_to_nearest
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 MODEL = str(EMBEDDED / "model")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gptq_core import QuantizeConfig
-from gptq_core.calibration import Windows
+from gptq_core.data.windows import Windows
 from gptq_core.evaluation import evaluate_pair, load_for_evaluation, pieces
 from tasks import record as records
 

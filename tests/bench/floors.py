@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 
-from gptq_core import Quantization, architecture, solver
+from gptq_core import Quantization, architecture
 from gptq_core.estimate import least
 from gptq_core.footprint import footprints
-from gptq_core.hessian import products_dtype
-from gptq_core.kernels.scales import coarse_candidates, fine_offsets
+from gptq_core.kernels.constants import coarse_candidates, fine_offsets
+from gptq_core.method import solver
+from gptq_core.method.hessian import products_dtype
 
 COLUMN_BLOCK = 128
 OPERATIONS_A_CANDIDATE = 8

@@ -24,8 +24,8 @@ from machine import Others, begun, head, write
 from torch import Tensor
 
 from gptq_core import architecture
-from gptq_core.hessian import Hessian
-from gptq_core.kernels import columns, descent, dispatch, scales
+from gptq_core.kernels import descent, dispatch, rounding, scale_search
+from gptq_core.method.hessian import Hessian
 
 HERE = Path(__file__).parent
 BLOCK, MAX_CODE, TOKENS = 128, 15, 2048
@@ -50,7 +50,7 @@ def problems(rows: int, inputs: int, device: torch.device) -> Iterator[Problem]:
     yield (
         f"sweep, {BLOCK} × {rows}",
         lambda: (now.clone(), feedback, found, zeros, group, MAX_CODE),
-        columns.round_columns,
+        rounding.round_columns,
         lambda _given, codes: codes,
     )
     codes = torch.randint(MAX_CODE + 1, (BLOCK, rows), generator=draws, device=device).to(torch.uint8)
@@ -71,7 +71,7 @@ def problems(rows: int, inputs: int, device: torch.device) -> Iterator[Problem]:
             torch.empty_like(now),
             now.new_zeros(rows),
         ),
-        columns.settle,
+        rounding.settle,
         lambda given, _none: given[9].bfloat16(),
     )
     slope = damped @ normal(BLOCK, rows).mul_(0.05)
@@ -85,7 +85,7 @@ def problems(rows: int, inputs: int, device: torch.device) -> Iterator[Problem]:
     yield (
         f"scales, {groups} × {BLOCK} × {rows}",
         lambda: (weights, importance, MAX_CODE, None),
-        scales.search,
+        scale_search.search,
         lambda _given, result: result[0],
     )
 

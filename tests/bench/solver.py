@@ -31,10 +31,10 @@ from machine import Others, begun, head, write
 from torch import Tensor
 
 from gptq_core import QuantizeConfig
-from gptq_core.factor import factorize
-from gptq_core.hessian import Hessian
-from gptq_core.solver import solve
-from gptq_core.stages import Stages
+from gptq_core.method.factor import factorize
+from gptq_core.method.hessian import Hessian
+from gptq_core.method.solver import solve
+from gptq_core.runtime.timing import Stages
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

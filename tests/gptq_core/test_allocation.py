@@ -15,11 +15,11 @@ from tiny import logits, quantize, save_model, windows
 
 from gptq_core import Allocation, Quantization, QuantizeConfig, allocate, allocation, calibration_windows, evaluate_pair, load_quantized
 from gptq_core.allocation import Screening, choose, knapsack, presumed, units_of
+from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import InputError
 from gptq_core.plan import plan
 from gptq_core.schema import explain
 from gptq_core.selection import bits_on_disk
-from gptq_core.source import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,8 +13,8 @@ from gptq_core import QuantizeConfig, QuantizedLinear, load_quantized
 from gptq_core.architecture import find_decoder
 from gptq_core.checkpoint.format import packed_tensors
 from gptq_core.dequantize import dequantize_checkpoint
-from gptq_core.factor import factorize
-from gptq_core.solver import round_to_nearest, solve
+from gptq_core.method.factor import factorize
+from gptq_core.method.solver import round_to_nearest, solve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ from gptq_core import QuantizeConfig
 from gptq_core.checkpoint.packing import unpack
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.distribution import distribution
-from gptq_core.solver import Solution
+from gptq_core.method.solver import Solution
 
 
 def test_counts_of_codes_and_octaves():

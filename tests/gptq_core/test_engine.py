@@ -504,7 +504,7 @@ def test_code_in_a_model_folder_is_never_run(part, tmp_path):
     else:
         auto = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
         (model / "tokenizer_config.json").write_text(json.dumps(auto))
-        call = "from gptq_core.source import load_tokenizer; load_tokenizer(sys.argv[1])"
+        call = "from gptq_core.data.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1])"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     program = f"import sys; from pathlib import Path; {call}"
     process = subprocess.run([sys.executable, "-c", program, model], env=env, input="y\n" * 9, capture_output=True, text=True)

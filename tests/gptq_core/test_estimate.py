@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny import quantize, save_model, windows
 
-from gptq_core import Quantization, QuantizeConfig, estimate, plan, solver
+from gptq_core import Quantization, QuantizeConfig, estimate, plan
 from gptq_core.errors import InputError
 from gptq_core.estimate import Rates, Texts
-from gptq_core.hessian import Hessian
+from gptq_core.method import solver
+from gptq_core.method.hessian import Hessian
 
 W4 = {"bits": 4, "group_size": 32}
 LLAMA_70B = {
@@ -354,7 +355,7 @@ def test_a_batch_that_is_cast_for_its_hessian(llama, monkeypatch):
 def test_the_count_of_a_hessians_panels(monkeypatch, llama):
     """The share of the square that is computed, counted in the products that are made."""
     counted = []
-    monkeypatch.setattr("gptq_core.hessian._accumulate", lambda products, lower: counted.extend(p[0].numel() for p in products))
+    monkeypatch.setattr("gptq_core.method.hessian._accumulate", lambda products, lower: counted.extend(p[0].numel() for p in products))
     for n in (128, 512, 1024, 2816):
         counted.clear()
         Hessian(n, "cpu").add(torch.zeros(1, n))

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gptq_core import QuantizeConfig, solver
-from gptq_core.factor import factorize
+from gptq_core import QuantizeConfig
 from gptq_core.group import Member, solve_group
-from gptq_core.hessian import Hessian
-from gptq_core.stages import Stages
+from gptq_core.method import solver
+from gptq_core.method.factor import factorize
+from gptq_core.method.hessian import Hessian
+from gptq_core.runtime.timing import Stages
 
 OWN = QuantizeConfig(bits=4, group_size=32)
 

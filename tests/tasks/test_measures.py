@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 
-from gptq_core.calibration import Windows, calibration_windows
+from gptq_core.data.tokenizer import load_tokenizer
+from gptq_core.data.windows import Windows, calibration_windows
 from gptq_core.errors import InputError
-from gptq_core.source import load_tokenizer
 from tasks.config import from_dict
 from tasks.measures import PRESETS
 from tasks.measuring import check_measures, measures_key

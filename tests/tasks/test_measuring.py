@@ -11,10 +11,10 @@ import transformers
 
 import tasks.measuring
 from gptq_core import QuantizeConfig
-from gptq_core.calibration import calibration_windows
+from gptq_core.data.tokenizer import load_tokenizer
+from gptq_core.data.windows import calibration_windows
 from gptq_core.engine import Quantization
 from gptq_core.evaluation import load_for_evaluation
-from gptq_core.source import load_tokenizer
 from tasks.config import from_dict
 from tasks.measuring import measure_all, measure_original, measures_key
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptq_core.calibration import Windows
+from gptq_core.data.windows import Windows
 from tasks.supervise import Leases, Worker, supervise
 
 LIMITS = {"minutes": None, "retries": 0}

@@ -14,7 +14,7 @@ from gptq_core.kernels import descent, dispatch
 @pytest.fixture
 def everywhere(monkeypatch):
     """As if Triton ran on every device, be it installed or not: a module that stands for its kernels."""
-    fused = types.ModuleType("gptq_core.kernels.fused")
+    fused = types.ModuleType("gptq_core.kernels.triton_loops")
     monkeypatch.setattr(dispatch, "runs_on", lambda device: True)
     monkeypatch.setitem(sys.modules, fused.__name__, fused)
     monkeypatch.setattr(kernels, "fused", fused, raising=False)

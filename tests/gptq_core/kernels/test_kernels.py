@@ -13,9 +13,9 @@ import torch
 from oracles import problem
 
 from gptq_core.config import QuantizeConfig
-from gptq_core.factor import factorize
-from gptq_core.kernels import columns, compiled, descent, dispatch, scales
-from gptq_core.solver import solve
+from gptq_core.kernels import c_loops, descent, dispatch, rounding, scale_search
+from gptq_core.method.factor import factorize
+from gptq_core.method.solver import solve
 
 WIDTHS = [(2, True), (3, False), (4, True), (4, False), (8, False)]
 OUT, MORE = 37, 101
@@ -77,7 +77,7 @@ def test_the_sweep_equals_its_twin_to_the_bit_where_sums_are_exact(bits, sym, bl
     assert block == 1 or ((now / scale[group]) % 1 == 0.5).any()  # ties
 
     rests = {dtype: now.to(dtype, copy=True) for dtype in (torch.float32, torch.float64)}
-    codes, exact = (columns.round_columns(r, feedback.to(d), scale.to(d), zero.to(d), group, 2**bits - 1) for d, r in rests.items())
+    codes, exact = (rounding.round_columns(r, feedback.to(d), scale.to(d), zero.to(d), group, 2**bits - 1) for d, r in rests.items())
     assert torch.equal(codes, exact) and torch.equal(*(r.double() for r in rests.values()))
     (found,), (rest, *_) = on_device(kernels, "round_columns", now, feedback, scale, zero, group, 2**bits - 1)
     assert torch.equal(found, codes)
@@ -91,7 +91,7 @@ def test_the_sweep_rounds_every_target_to_its_nearest_code(block, kernels):
     feedback = torch.eye(block) + torch.triu(torch.randn(block, block, generator=g), 1) / block**0.5
     scale, zero = torch.rand(4, OUT, generator=g) * 0.2 + 0.1, torch.randint(0, 16, (4, OUT), generator=g).float()
     group = torch.arange(block) // 30 % 4
-    (codes,), (rest, *_) = on_device(kernels, columns.round_columns, now, feedback, scale, zero, group, 15)
+    (codes,), (rest, *_) = on_device(kernels, rounding.round_columns, now, feedback, scale, zero, group, 15)
 
     # the same sweep in float64, with the kernel's codes
     target, step, centre = now.double(), scale[group].double(), zero[group].double()
@@ -100,7 +100,7 @@ def test_the_sweep_rounds_every_target_to_its_nearest_code(block, kernels):
         target[i + 1 :] -= feedback[i, i + 1 :, None] * left
     assert ((target / step + centre).clamp(0, 15) - codes).abs().max() < 0.5 + 1e-4
     torch.testing.assert_close(rest.double(), target - (codes - centre) * step, rtol=1e-4, atol=1e-4)
-    assert (codes != columns.round_columns(now.clone(), feedback, scale, zero, group, 15)).double().mean() < 1e-3
+    assert (codes != rounding.round_columns(now.clone(), feedback, scale, zero, group, 15)).double().mean() < 1e-3
 
 
 @pytest.mark.parametrize(("block", "out"), [(1, OUT), (47, MORE), (128, OUT)])
@@ -133,7 +133,7 @@ def test_the_search_finds_what_its_twin_finds(bits, length, smallest_zero, kerne
     importance = torch.rand(2, length, generator=g)
     arguments = weights, importance, 2**bits - 1, smallest_zero
     found, _ = on_device(kernels, "search", *arguments)
-    expected = scales.search(*arguments)
+    expected = scale_search.search(*arguments)
 
     def error(scale, zero):
         scale, zero = scale.unsqueeze(1).double(), zero.unsqueeze(1).double()
@@ -153,7 +153,7 @@ def test_weights_that_are_no_numbers_get_no_scale(kernels):
     weights = torch.ones(1, 16, OUT)
     weights[0, 3, 2] = float("nan")
     arguments = weights, torch.ones(1, 16), 15, None
-    for scale, _ in (on_device(kernels, "search", *arguments)[0], scales.search(*arguments)):
+    for scale, _ in (on_device(kernels, "search", *arguments)[0], scale_search.search(*arguments)):
         assert not scale[0, 2].isfinite() and scale[0, 3:].isfinite().all()
 
 
@@ -163,14 +163,14 @@ def test_candidates_beyond_float16_are_no_choice(kernels, smallest_zero):
     weights[0, :, 0] *= 1e4  # beyond it whatever the candidate
     arguments = weights, torch.ones(1, 16), 15, smallest_zero
     (found, _), _ = on_device(kernels, "search", *arguments)
-    expected, _ = scales.search(*arguments)
+    expected, _ = scale_search.search(*arguments)
     assert torch.equal(found.isfinite(), expected.isfinite()) and found.isfinite().sum() == OUT - 1
     assert torch.equal(found[found.isfinite()], expected[found.isfinite()])
 
 
 def test_errors_beyond_float32_leave_no_scale(kernels):
     arguments = torch.ones(1, 16, OUT) * 0.3, torch.full((1, 16), float("inf")), 15, None
-    for scale, _ in (on_device(kernels, "search", *arguments)[0], scales.search(*arguments)):
+    for scale, _ in (on_device(kernels, "search", *arguments)[0], scale_search.search(*arguments)):
         assert not scale.isfinite().any()
 
 
@@ -184,7 +184,7 @@ def test_defaults_of_the_process_change_nothing(default, kernels):
     with torch.device("meta") if default == "meta" else contextlib.nullcontext():
         torch.set_default_dtype(before if default == "meta" else default)
         try:
-            found, own = on_device(kernels, "search", *arguments)[0], scales.search(*arguments)
+            found, own = on_device(kernels, "search", *arguments)[0], scale_search.search(*arguments)
         finally:
             torch.set_default_dtype(before)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -235,10 +235,10 @@ def test_a_block_is_booked_as_by_the_twin(dtype, kept):
         codes, loss = torch.zeros(100, OUT, dtype=torch.uint8), torch.ones(OUT)
         delta, errors = torch.zeros(40, OUT, dtype=dtype), torch.zeros(40, OUT, dtype=dtype) if kept else None
         with given_to(module):
-            columns.settle(found, left.clone(), target, here, scale, zero, group, diagonal, codes, delta, errors, loss)
+            rounding.settle(found, left.clone(), target, here, scale, zero, group, diagonal, codes, delta, errors, loss)
         return codes, delta, loss, *([errors] if kept else [])
 
-    ours, twins = booked(compiled), booked(None)
+    ours, twins = booked(c_loops), booked(None)
     assert torch.equal(ours[0], twins[0]) and (ours[0][here] == found).all()
     tolerance = {} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}  # next to a tie, of bfloat16 the next number
     for one, other in zip(ours[1:], twins[1:], strict=True):

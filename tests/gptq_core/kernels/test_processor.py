@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gptq_core import processor
+from gptq_core.kernels import processor
 
 
 @pytest.mark.parametrize("found", ["avx512_bf16", "amx_bf16", "bf16", "avx512"])

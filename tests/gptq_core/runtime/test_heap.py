@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import save_model
 
-from gptq_core import Quantization, QuantizeConfig, Windows, heap
+from gptq_core import Quantization, QuantizeConfig, Windows
 from gptq_core.errors import InputError
+from gptq_core.runtime import heap
 
 TOOLS = """
 import ctypes

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptq_core.data.text import read_documents
 from gptq_core.errors import InputError
-from gptq_core.text import read_documents
 
 OVERSAMPLING = 8
 """Calibration reads at most this many times the tokens it needs: enough to draw from, without reading a whole web crawl."""

@@ -26,8 +26,8 @@ import torch
 from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
-from gptq_core.kernels import scales as twin
-from gptq_core.kernels.dispatch import LARGEST_BLOCK
+from gptq_core.kernels import scale_search as twin
+from gptq_core.kernels.constants import LARGEST_BLOCK
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("loops.c", "products.c"))
 FLAGS = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")

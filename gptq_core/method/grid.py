@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_core.config import QuantizeConfig
-from gptq_core.kernels.scales import float16_exact, search
+from gptq_core.kernels.scale_search import float16_exact, search
 
 
 def fit(

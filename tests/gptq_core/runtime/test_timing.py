@@ -4,15 +4,16 @@ import pytest
 import torch
 from tiny import save_model, windows
 
-from gptq_core import Quantization, QuantizeConfig, stages
-from gptq_core.stages import Stages
+from gptq_core import Quantization, QuantizeConfig
+from gptq_core.runtime import timing
+from gptq_core.runtime.timing import Stages
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A hand that the test moves."""
     now = [0.0]
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -51,5 +52,5 @@ def test_a_run_tells_its_stages_apart(tmp_path):
             run.quantize_block(index)
         run.assemble()
         seconds = run.stage_seconds
-    stages = {"read", "forward", "hessian", "factor", "scales", "sweep", "descent", "pack", "write"}
-    assert set(seconds) == stages and all(seconds[stage] > 0 for stage in stages)
+    timing = {"read", "forward", "hessian", "factor", "scales", "sweep", "descent", "pack", "write"}
+    assert set(seconds) == timing and all(seconds[stage] > 0 for stage in timing)

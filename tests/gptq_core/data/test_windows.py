@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gptq_core.calibration import Windows, calibration_windows, evaluation_windows, split_windows
+from gptq_core.data.text import read_documents
+from gptq_core.data.windows import Windows, calibration_windows, evaluation_windows, split_windows
 from gptq_core.errors import InputError
-from gptq_core.text import read_documents
 
 
 def letters(texts, verbose=True):

@@ -11,12 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptq_core.kernels import dispatch
-
-SMALLEST_SCALE = 2.0**-24
-"""Smallest positive float16."""
-COARSE_STEPS, FINE_STEPS = 16, 4
-SMALLEST_SHARE, LARGEST_SHARE = 0.4, 1.1
-"""The search looks at scales from this share of the one that covers the extreme to a little beyond it."""
+from gptq_core.kernels.constants import SMALLEST_SCALE, coarse_candidates, fine_offsets
 
 
 def search(
@@ -28,24 +23,6 @@ def search(
         return kernels.search(weights, importance, max_code, smallest_zero)
     found = [_search(w, h, max_code, smallest_zero) for w, h in zip(weights, importance, strict=True)]
     return torch.stack([scales for scales, _ in found]), torch.stack([zeros for _, zeros in found])
-
-
-def coarse_candidates(symmetric: bool) -> Float[Tensor, "candidates 2"]:
-    """(share of the scale that covers the extreme, its sign that of the scale; steps by which the zero is moved) of each candidate."""
-    signs, shifts = ((1.0, -1.0), (0,)) if symmetric else ((1.0,), (-1, 0, 1))
-    spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
-    return torch.tensor(
-        [(sign * (SMALLEST_SHARE + step * spacing), shift) for step in range(COARSE_STEPS) for sign in signs for shift in shifts],
-        dtype=torch.float32,
-        device="cpu",
-    )
-
-
-def fine_offsets() -> Float[Tensor, " candidates"]:
-    """What is added to the best coarse share, the zero where its own scale puts it."""
-    spacing = (LARGEST_SHARE - SMALLEST_SHARE) / (COARSE_STEPS - 1)
-    offsets = [side * step / FINE_STEPS * spacing for step in range(1, FINE_STEPS) for side in (-1, 1)]
-    return torch.tensor(offsets, dtype=torch.float32, device="cpu")
 
 
 def _search(weights: Tensor, importance: Tensor, max_code: int, smallest_zero: int | None) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from oracles import problem
 
-from gptq_core import grid
 from gptq_core.config import QuantizeConfig
-from gptq_core.factor import factorize
-from gptq_core.solver import solve
+from gptq_core.method import grid
+from gptq_core.method.factor import factorize
+from gptq_core.method.solver import solve
 
 
 def searched(weights, importance, config):

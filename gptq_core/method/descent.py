@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from gptq_core import grid
 from gptq_core.kernels.descent import descend_columns
+from gptq_core.method import grid
 
 BLOCK = 128
 

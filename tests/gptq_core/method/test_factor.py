@@ -3,7 +3,7 @@ import torch
 
 from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
-from gptq_core.factor import column_order, factorize
+from gptq_core.method.factor import column_order, factorize
 
 
 def test_factor_is_lower_and_multiplies_back():

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from gptq_core import QuantizeConfig
-from gptq_core.factor import factorize
-from gptq_core.hessian import Hessian, Shift
 from gptq_core.kernels import dispatch
-from gptq_core.solver import solve
+from gptq_core.method.factor import factorize
+from gptq_core.method.hessian import Hessian, Shift
+from gptq_core.method.solver import solve
 
 
 @pytest.mark.parametrize("columns", [64, 300, 1100])

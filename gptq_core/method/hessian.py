@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gptq_core.kernels import compiled, dispatch
+from gptq_core.kernels import c_loops, dispatch
 
 PANELS = 8
 """Column panels of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
-PANEL_WIDTHS = {"cpu": (compiled.PANEL, compiled.PANEL), "cuda": (512, 2048)}
+PANEL_WIDTHS = {"cpu": (c_loops.PANEL, c_loops.PANEL), "cuda": (512, 2048)}
 """The narrowest and the widest, between which the width is that of PANELS; on the CPU it is what the loop in C holds at once."""
 
 
@@ -117,10 +117,10 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.contiguous() if x.is_cpu and dtype == torch.bfloat16 and x.stride(1) != 1 else x
 
 
-def _accumulate(products: list[compiled.Product], lower: bool = False) -> None:
+def _accumulate(products: list[c_loops.Product], lower: bool = False) -> None:
     """total += leftᵀ right of each product, whose operands are in products_dtype; with `lower`, above a total's diagonal maybe not."""
     if products[0][2].is_cpu and products[0][2].dtype == torch.bfloat16:
-        compiled.add_products(products, lower)
+        c_loops.add_products(products, lower)
         return
     for total, left, right in products:
         if right.dtype == torch.float32:

@@ -28,12 +28,12 @@ import torch
 from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
-from gptq_core import grid
 from gptq_core.config import QuantizeConfig
-from gptq_core.descent import descend, slope_after_sweep
-from gptq_core.factor import Factor
-from gptq_core.kernels.columns import round_columns, settle
-from gptq_core.stages import Stages
+from gptq_core.kernels.rounding import round_columns, settle
+from gptq_core.method import grid
+from gptq_core.method.descent import descend, slope_after_sweep
+from gptq_core.method.factor import Factor
+from gptq_core.runtime.timing import Stages
 
 COLUMN_BLOCK = 128
 TALL_COLUMNS = 256

@@ -5,9 +5,9 @@ import torch
 from oracles import problem
 
 from gptq_core.config import QuantizeConfig
-from gptq_core.descent import slope_after_sweep
-from gptq_core.factor import factorize
-from gptq_core.solver import solve
+from gptq_core.method.descent import slope_after_sweep
+from gptq_core.method.factor import factorize
+from gptq_core.method.solver import solve
 
 WAYS = {
     "static": {"static_groups": True},

@@ -7,8 +7,8 @@ import torch
 from oracles import problem, textbook_gptq
 
 from gptq_core.config import QuantizeConfig
-from gptq_core.factor import factorize
-from gptq_core.solver import TALL_COLUMNS, round_to_nearest, solve
+from gptq_core.method.factor import factorize
+from gptq_core.method.solver import TALL_COLUMNS, round_to_nearest, solve
 
 CLASSIC = {"recipe": "classic"}
 ORDERS = {
@@ -155,7 +155,7 @@ def test_rows_solved_in_chunks_are_those_solved_together(fields, monkeypatch):
     config = QuantizeConfig(**{"bits": 3, "group_size": 64, "damp_percent": 0.05} | fields)
     factor = factorize(hessian.double(), config, "layer", 600)  # float64: a product's rounding depends on its shape
     together = solve(weight.double(), factor, config)
-    monkeypatch.setattr("gptq_core.solver.ROWS_AT_ONCE", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr("gptq_core.method.solver.ROWS_AT_ONCE", {"cpu": 16, "cuda": 16})
     chunked = solve(weight.double(), factor, config)
     for name in ("codes", "scales", "zeros", "g_idx"):
         assert torch.equal(getattr(chunked, name), getattr(together, name)), name

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_core.hessian import Hessian
-from gptq_core.kernels import compiled, dispatch
+from gptq_core.kernels import c_loops, dispatch
+from gptq_core.method.hessian import Hessian
 
 in_c = pytest.mark.skipif(not dispatch.compiles_products(), reason="no avx512_bf16 here, or no C compiler that knows it")
 
@@ -24,9 +24,9 @@ def test_the_loops_are_built_once(fresh, monkeypatch):
     assert dispatch.implementation(torch.device("cpu"), torch.float32) == "c"
     [built] = (fresh / "gptq_core").iterdir()
     assert (fresh / "gptq_core").stat().st_mode & 0o777 == 0o700
-    compiled.library.cache_clear()
-    monkeypatch.setattr(compiled, "_build", None)
-    compiled.library()
+    c_loops.library.cache_clear()
+    monkeypatch.setattr(c_loops, "_build", None)
+    c_loops.library()
     assert [built] == list((fresh / "gptq_core").iterdir())
 
 
@@ -38,8 +38,8 @@ def test_a_library_that_cannot_be_loaded_is_built_anew(fresh, monkeypatch):
     damaged.parent.mkdir(mode=0o700, parents=True)
     damaged.write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "another"))
-    compiled.library.cache_clear()
-    assert compiled.library().settle.argtypes and damaged.stat().st_size
+    c_loops.library.cache_clear()
+    assert c_loops.library().settle.argtypes and damaged.stat().st_size
 
 
 def test_a_folder_that_others_may_write_to_is_not_run_from(fresh, caplog):
@@ -75,7 +75,7 @@ def operand(tokens, columns, gap=0):
 def test_products_are_summed_in_float32(tokens, rows, columns, gap):
     left, right = operand(tokens, rows, gap), operand(tokens, columns, gap)
     around = torch.ones(rows + 2, columns + 2)
-    compiled.add_products([(around[1:-1, 1:-1], left, right)])
+    c_loops.add_products([(around[1:-1, 1:-1], left, right)])
     expected = torch.ones(rows + 2, columns + 2, dtype=torch.float64)
     expected[1:-1, 1:-1] += left.double().T @ right.double()
     # of the sum's own size, since products that cancel leave the rounding of each; a sum in bfloat16 is off by 2^-9 of it
@@ -94,13 +94,13 @@ def test_threads_do_not_change_a_bit(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         tall, square = torch.zeros(530, 400), torch.zeros(400, 400)
         for _ in range(2):
-            compiled.add_products([(tall, y, x), (square[200:, :200], x[:, 200:], x[:, :200])])
+            c_loops.add_products([(tall, y, x), (square[200:, :200], x[:, 200:], x[:, :200])])
         return torch.cat([tall, square])
 
     one = summed(1)
-    monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
+    monkeypatch.setattr(c_loops, "WORTH_THREADS", 0)
     assert torch.equal(summed(2), one) and torch.equal(summed(5), one)
-    monkeypatch.setattr(compiled, "_team", lambda: None)  # a torch without OpenMP
+    monkeypatch.setattr(c_loops, "_team", lambda: None)  # a torch without OpenMP
     assert torch.equal(summed(5), one)
     torch.testing.assert_close(one[:530].double(), 2 * y.double().T @ x.double(), rtol=1e-5, atol=1e-3)
 
@@ -110,18 +110,18 @@ def test_threads_do_not_change_a_bit(monkeypatch):
 @pytest.mark.parametrize("columns", [1, 48, 100, 192, 193, 400])
 def test_of_a_product_with_itself_the_lower_half(threads, columns, monkeypatch):
     x = operand(700, columns)
-    monkeypatch.setattr(compiled, "WORTH_THREADS", 0)
+    monkeypatch.setattr(c_loops, "WORTH_THREADS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     whole, half = torch.zeros(2, columns, columns)
-    compiled.add_products([(whole, x.clone(), x)])  # laid out apart
-    compiled.add_products([(half, x, x)], lower=True)
+    c_loops.add_products([(whole, x.clone(), x)])  # laid out apart
+    c_loops.add_products([(half, x, x)], lower=True)
     assert torch.equal(half.tril(), whole.tril())
-    assert int(half.count_nonzero()) <= columns * (columns + 2 * compiled.SIDE) / 2, "no more above it than the products are wide"
+    assert int(half.count_nonzero()) <= columns * (columns + 2 * c_loops.SIDE) / 2, "no more above it than the products are wide"
 
 
 @in_c
 def test_torchs_threads_share_what_is_large(monkeypatch):
-    assert compiled._team() or not torch.backends.openmp.is_available()
+    assert c_loops._team() or not torch.backends.openmp.is_available()
     lent = []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -129,12 +129,12 @@ def test_torchs_threads_share_what_is_large(monkeypatch):
         lent.append(threads)
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)(shared)
 
-    monkeypatch.setattr(compiled, "_team", lambda: ctypes.cast(team, ctypes.c_void_p))
+    monkeypatch.setattr(c_loops, "_team", lambda: ctypes.cast(team, ctypes.c_void_p))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     x = operand(512, 192)
-    compiled.add_products([(torch.zeros(192, 192), x, x)])
+    c_loops.add_products([(torch.zeros(192, 192), x, x)])
     assert lent == [3]
-    compiled.add_products([(torch.zeros(64, 64), x[:, :64], x[:, :64])])
+    c_loops.add_products([(torch.zeros(64, 64), x[:, :64], x[:, :64])])
     assert lent == [3], "starting threads would take longer"
 
 
@@ -151,7 +151,7 @@ def test_operands_that_do_not_fit_are_refused():
         (torch.zeros(9, 9), x.T, x.T),
     ]:
         with pytest.raises(AssertionError):
-            compiled.add_products([wrong])
+            c_loops.add_products([wrong])
 
 
 def in_float32():
@@ -179,10 +179,10 @@ def test_a_machine_without_a_compiler(monkeypatch, fresh):
 def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(monkeypatch, fresh, caplog):
     if not dispatch.compiles():
         pytest.skip("no C compiler")
-    compiled.library.cache_clear()
+    c_loops.library.cache_clear()
     empty = fresh / "products.c"
     empty.write_text("typedef int nothing;\n")
-    monkeypatch.setattr(compiled, "SOURCES", (compiled.SOURCES[0], empty))
+    monkeypatch.setattr(c_loops, "SOURCES", (c_loops.SOURCES[0], empty))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert in_float32() and compiled.library().settle.argtypes
+    assert in_float32() and c_loops.library().settle.argtypes
     assert len(caplog.messages) == 1 and "gcc 10 or clang 9" in caplog.text and str(fresh) in caplog.text

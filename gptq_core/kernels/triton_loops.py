@@ -31,8 +31,8 @@ import triton.language as tl
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from gptq_core.kernels import scales as twin
-from gptq_core.kernels.dispatch import LARGEST_BLOCK
+from gptq_core.kernels import scale_search as twin
+from gptq_core.kernels.constants import LARGEST_BLOCK
 
 TILE = 32
 """Outputs of a program: a row of float32 is one line of the cache, and 4096 outputs still make 128 programs."""
