@@ -1,2 +1,2 @@
-"""The innermost loops, where a GPU wants one fused kernel for what is many small operations in torch. columns, descent and
-scales hold one loop each, in torch; fused holds the same three in Triton; dispatch picks."""
+"""The innermost loops. rounding, descent and scale_search hold one loop each, in torch; c_loops and triton_loops hold the same three
+for processors and for GPUs, where one fused kernel replaces many small operations; dispatch picks."""

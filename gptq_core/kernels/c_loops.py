@@ -26,9 +26,11 @@ import torch
 from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
-from gptq_core.kernels import scale_search as twin
+from gptq_core.kernels import constants
 from gptq_core.kernels.constants import LARGEST_BLOCK
 
+NAME = "c"
+"""As `dispatch.implementation` and run records call it."""
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("loops.c", "products.c"))
 FLAGS = ("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
@@ -236,8 +238,8 @@ def search(
     """scales.search."""
     weights = weights if weights.stride(2) == 1 else weights.contiguous()
     (groups, columns, out), importance = weights.shape, importance.contiguous()
-    shares, shifts = (t.contiguous() for t in twin.coarse_candidates(smallest_zero is None).unbind(1))
-    offsets = twin.fine_offsets()
+    shares, shifts = (t.contiguous() for t in constants.coarse_candidates(smallest_zero is None).unbind(1))
+    offsets = constants.fine_offsets()
     scales, zeros = weights.new_empty(2, groups, out)
     for g in range(groups):
         library().search(

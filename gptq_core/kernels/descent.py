@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from gptq_core.kernels import dispatch
+from gptq_core.kernels.constants import LARGEST_BLOCK
 
 SUB_BLOCK = 16
 
@@ -28,7 +29,7 @@ def descend_columns(
     damped: H + λI of these columns.
     """
     block = codes.shape[0]
-    kernels = dispatch.kernels(slope, codes, scale, zero, damped) if block <= dispatch.LARGEST_BLOCK else None
+    kernels = dispatch.kernels(slope, codes, scale, zero, damped) if block <= LARGEST_BLOCK else None
     if kernels:
         return kernels.descend_columns(codes, slope, scale, zero, max_code, damped)
     inverse = (1 / damped.diagonal()).tolist()

@@ -1,5 +1,5 @@
-"""Who runs an innermost loop: a fused Triton kernel (fused.py), a C loop (compiled.py), or the twin of both, the plain torch of
-columns.py, descent.py and scales.py.
+"""Choose who runs an innermost loop: a fused Triton kernel (triton_loops.py), a C loop (c_loops.py), or the twin of both, the plain
+torch of rounding.py, descent.py and scale_search.py.
 
 The tensors decide, nothing is set: float32 goes to Triton on a GPU for which it can compile here, to C on a CPU for which this machine
 has a C compiler, all else to the twin. CUDA builds of torch for Linux bring Triton along; it builds a helper of its own with the
@@ -23,7 +23,7 @@ from gptq_core.kernels.processor import has_avx512_bf16
 log = logging.getLogger(__name__)
 
 small_operations = threading.Lock()
-"""Held by a twin that walks columns: two threads that do so at once would do little but hand Python's own lock to and fro."""
+"""Serializes the twins that walk columns: two threads issuing many small operations only contend for the GIL."""
 OLDEST_GPU = (7, 0)
 """Compute capability from which on Triton compiles."""
 
@@ -48,7 +48,7 @@ def implementation(device: torch.device, dtype: torch.dtype) -> str:
     """What a run whose forwards are in `dtype` gives float32 to on a device: triton, c, or torch for the twins; and whether it gives
     products of bfloat16 inputs to C."""
     found = kernels(torch.empty(0, device=device, dtype=torch.float32))
-    name = "torch" if found is None else {"fused": "triton", "compiled": "c"}[found.__name__.rpartition(".")[2]]
+    name = found.NAME if found else "torch"
     return f"{name} with bfloat16 products" if name == "c" and dtype == torch.bfloat16 and compiles_products() else name
 
 

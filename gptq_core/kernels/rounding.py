@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_core.kernels import dispatch
+from gptq_core.kernels.constants import LARGEST_BLOCK
 
 SUB_BLOCK = 16
 
@@ -29,12 +30,12 @@ def round_columns(
     """
     block = now.shape[0]
     kernels = dispatch.kernels(now, feedback, scales, zeros, group)
-    if kernels and block <= dispatch.LARGEST_BLOCK:
+    if kernels and block <= LARGEST_BLOCK:
         return kernels.round_columns(now, feedback, scales, zeros, group, max_code)
     if kernels:
         codes = torch.empty(block, now.shape[1], dtype=torch.uint8, device=now.device)
-        for start in range(0, block, dispatch.LARGEST_BLOCK):
-            part = slice(start, min(start + dispatch.LARGEST_BLOCK, block))
+        for start in range(0, block, LARGEST_BLOCK):
+            part = slice(start, min(start + LARGEST_BLOCK, block))
             codes[part] = kernels.round_columns(now[part], feedback[part, part], scales, zeros, group[part], max_code)
             if part.stop < block:
                 now[part.stop :].addmm_(feedback[part, part.stop :].T, now[part], alpha=-1)

@@ -31,9 +31,11 @@ import triton.language as tl
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from gptq_core.kernels import scale_search as twin
+from gptq_core.kernels import constants
 from gptq_core.kernels.constants import LARGEST_BLOCK
 
+NAME = "triton"
+"""As `dispatch.implementation` and run records call it."""
 TILE = 32
 """Outputs of a program: a row of float32 is one line of the cache, and 4096 outputs still make 128 programs."""
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -132,11 +134,11 @@ def search(
             MAX_CODE=max_code,
             SYM=smallest_zero is None,
             SMALLEST_ZERO=smallest_zero or 0,
-            COARSE=twin.COARSE_STEPS,
-            FINE=twin.FINE_STEPS,
-            LEAST=twin.SMALLEST_SHARE,
-            MOST=twin.LARGEST_SHARE,
-            SMALLEST_SCALE=twin.SMALLEST_SCALE,
+            COARSE=constants.COARSE_STEPS,
+            FINE=constants.FINE_STEPS,
+            LEAST=constants.SMALLEST_SHARE,
+            MOST=constants.LARGEST_SHARE,
+            SMALLEST_SCALE=constants.SMALLEST_SCALE,
             CHUNK=min(_rows(columns), LARGEST_BLOCK),
             TILE=TILE,
             **LAUNCH,

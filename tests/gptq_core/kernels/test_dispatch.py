@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_core import kernels
-from gptq_core.kernels import descent, dispatch
+from gptq_core.kernels import constants, descent, dispatch
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def everywhere(monkeypatch):
     fused = types.ModuleType("gptq_core.kernels.triton_loops")
     monkeypatch.setattr(dispatch, "runs_on", lambda device: True)
     monkeypatch.setitem(sys.modules, fused.__name__, fused)
-    monkeypatch.setattr(kernels, "fused", fused, raising=False)
+    monkeypatch.setattr(kernels, "triton_loops", fused, raising=False)
     return fused
 
 
@@ -36,7 +36,7 @@ def test_the_cpu_keeps_the_twin_where_nothing_can_be_compiled(monkeypatch):
 
 def test_a_block_longer_than_registers_hold_descends_in_the_twin(everywhere):
     """On CPU tensors the kernel would fail outside of the interpreter, and inside be slow: the twin is quick and right."""
-    block = dispatch.LARGEST_BLOCK + 1
+    block = constants.LARGEST_BLOCK + 1
     codes, slope = torch.zeros(block, 4, dtype=torch.uint8), torch.randn(block, 4, generator=torch.Generator().manual_seed(0))
     expected = codes.double(), slope.double()
     change = descent.descend_columns(codes, slope, torch.ones(4), torch.zeros(4), 15, torch.eye(block))

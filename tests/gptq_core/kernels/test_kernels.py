@@ -22,15 +22,15 @@ OUT, MORE = 37, 101
 """No multiple of a tile, and more than one of the loops in C."""
 
 
-@pytest.fixture(params=["fused", "compiled"])
+@pytest.fixture(params=["triton_loops", "c_loops"])
 def kernels(request):
     """The module, and where it runs."""
-    if request.param == "fused":
+    if request.param == "triton_loops":
         pytest.importorskip("triton", reason="Triton is not installed: it is to be had for Linux")
     elif not dispatch.compiles():
         pytest.skip("no C compiler")
     module = importlib.import_module(f"gptq_core.kernels.{request.param}")
-    module_device = "cuda" if request.param == "fused" and torch.cuda.is_available() else "cpu"
+    module_device = "cuda" if request.param == "triton_loops" and torch.cuda.is_available() else "cpu"
     with patch.object(dispatch, "kernels", lambda *tensors: None):  # whoever asks gets the twin
         yield module, module_device
 
