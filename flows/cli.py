@@ -210,7 +210,7 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help="New folder.", show_default=False)]) -> None:
     """Write a quantized checkpoint back as a dense one, for tools that do not read GPTQ."""
     with outcome():
-        from gptq_core.dequantize import dequantize_checkpoint
+        from gptq_core.inference.dequantize import dequantize_checkpoint
 
         typer.echo(f"dense checkpoint: {dequantize_checkpoint(checkpoint, out)}")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gptq_core.architecture import choose_device
-from gptq_core.backends import for_checkpoint
 from gptq_core.config import Backend
 from gptq_core.data.tokenizer import load_tokenizer, model_limits
 from gptq_core.data.windows import Windows, evaluation_windows
 from gptq_core.errors import InputError
+from gptq_core.inference.backends import for_checkpoint
+from gptq_core.model.architecture import choose_device
 from gptq_core.schema import Schema
 from tasks import record as records
 from tasks.config import Device, Judged, Positive, from_dict

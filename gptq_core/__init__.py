@@ -9,34 +9,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptq_core.allocation import Allocation, allocate
     from gptq_core.checkpoint.inspection import inspect_checkpoint
     from gptq_core.config import QuantizeConfig
     from gptq_core.data.windows import Windows, calibration_windows, evaluation_windows
-    from gptq_core.engine import Quantization
     from gptq_core.errors import GPTQError
-    from gptq_core.evaluation import evaluate_pair
-    from gptq_core.linear import QuantizedLinear, load_quantized
+    from gptq_core.inference.evaluation import evaluate_pair
+    from gptq_core.inference.linear import QuantizedLinear, load_quantized
     from gptq_core.quantizer import GPTQQuantizer, load_quantized_model
-    from gptq_core.screening import Screened, screen
+    from gptq_core.run.engine import Quantization
+    from gptq_core.search.allocation import Allocation, allocate
+    from gptq_core.search.screening import Screened, screen
 
 _HOME = {
-    "Allocation": "allocation",
+    "Allocation": "search.allocation",
     "GPTQError": "errors",
     "GPTQQuantizer": "quantizer",
-    "Quantization": "engine",
+    "Quantization": "run.engine",
     "QuantizeConfig": "config",
-    "QuantizedLinear": "linear",
-    "Screened": "screening",
-    "Windows": "calibration",
-    "allocate": "allocation",
-    "calibration_windows": "calibration",
-    "evaluate_pair": "evaluation",
-    "evaluation_windows": "calibration",
+    "QuantizedLinear": "inference.linear",
+    "Screened": "search.screening",
+    "Windows": "data.windows",
+    "allocate": "search.allocation",
+    "calibration_windows": "data.windows",
+    "evaluate_pair": "inference.evaluation",
+    "evaluation_windows": "data.windows",
     "inspect_checkpoint": "checkpoint.inspection",
-    "load_quantized": "linear",
+    "load_quantized": "inference.linear",
     "load_quantized_model": "quantizer",
-    "screen": "screening",
+    "screen": "search.screening",
 }
 
 __all__ = [

@@ -26,15 +26,15 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from gptq_core import backends
 from gptq_core.checkpoint.format import LEAVES, layout, quantization_config, read_quantization_config
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.config import RECIPES, QuantizeConfig
 from gptq_core.data.tokenizer import window_limit
 from gptq_core.data.windows import Windows, calibration_windows
-from gptq_core.engine import Quantization
 from gptq_core.errors import InputError
-from gptq_core.linear import QuantizedLinear, load_quantized
+from gptq_core.inference import backends
+from gptq_core.inference.linear import QuantizedLinear, load_quantized
+from gptq_core.run.engine import Quantization
 from gptq_core.schema import explain
 
 SAMPLES = 128

@@ -9,9 +9,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gptq_core import allocation
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.data.windows import Windows
+from gptq_core.search import allocation
 from tasks.config import RunConfig
 from tasks.evaluate import Progress
 from tasks.prepare import allocation_file, request_key

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptq_core import allocation
 from gptq_core.checkpoint import reader
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import GPTQError, InputError, OutputHeldError
-from gptq_core.evaluation import original_bytes
+from gptq_core.inference.evaluation import original_bytes
+from gptq_core.search import allocation
 from tasks import record as records
 from tasks.choose import front, recommend
 from tasks.config import RunConfig
@@ -245,7 +245,7 @@ def _original_key(config: RunConfig, prepared: Prepared) -> str:
     import torch
     import transformers
 
-    from gptq_core.architecture import choose_device
+    from gptq_core.model.architecture import choose_device
 
     model = reader.Checkpoint(reader.resolve(config.model.path, config.model.revision)).digest()
     what = [model, prepared.evaluation.digest, choose_device(config.model.device).type, torch.__version__, transformers.__version__]

@@ -9,9 +9,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gptq_core import backends
 from gptq_core.data.windows import Windows
-from gptq_core.evaluation import evaluate_one, evaluate_pair
+from gptq_core.inference import backends
+from gptq_core.inference.evaluation import evaluate_one, evaluate_pair
 from tasks.config import RunConfig
 from tasks.measuring import measure_all
 

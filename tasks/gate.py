@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_core.errors import GPTQError
-from gptq_core.selection import NOT_LISTED
+from gptq_core.model.selection import NOT_LISTED
 from tasks.config import LIMITS, GateConfig, RunConfig
 
 Verdict = dict[str, Any]

@@ -20,7 +20,7 @@ import yaml
 
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import GPTQError, InputError
-from gptq_core.evaluation import load_for_evaluation
+from gptq_core.inference.evaluation import load_for_evaluation
 from tasks.measures import TasksMeasure
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import transformers
 
-from gptq_core.architecture import choose_device
 from gptq_core.checkpoint.reader import Checkpoint, file_sha256, resolve
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.data.overlap import overlapping
 from gptq_core.data.tokenizer import load_tokenizer, model_limits
 from gptq_core.data.windows import Windows, evaluation_windows
 from gptq_core.errors import GPTQError, InputError
-from gptq_core.evaluation import load_for_evaluation, window_losses
+from gptq_core.inference.evaluation import load_for_evaluation, window_losses
+from gptq_core.model.architecture import choose_device
 from tasks import harness
 from tasks.config import RunConfig
 from tasks.measures import PerplexityMeasure, TasksMeasure

@@ -15,17 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from gptq_core import allocation, backends
-from gptq_core.allocation import Allocation
-from gptq_core.architecture import choose_device
 from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.data.overlap import objection, overlap
 from gptq_core.data.tokenizer import load_tokenizer, model_limits
 from gptq_core.data.windows import OVERSAMPLING, TAIL, Windows, calibration_windows, evaluation_windows, split_windows
-from gptq_core.engine import Quantization
 from gptq_core.errors import GPTQError, InputError
-from gptq_core.estimate import Estimate, Texts, estimate
-from gptq_core.plan import Plan, loadability, objections, plan
+from gptq_core.inference import backends
+from gptq_core.model.architecture import choose_device
+from gptq_core.planning.consumers import loadability, objections
+from gptq_core.planning.estimate import Estimate, Texts, estimate
+from gptq_core.planning.plan import Plan, plan
+from gptq_core.run.engine import Quantization
+from gptq_core.search import allocation
+from gptq_core.search.allocation import Allocation
 from tasks import record as records
 from tasks import settings
 from tasks.config import RunConfig

@@ -10,8 +10,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gptq_core.engine import Quantization
 from gptq_core.errors import GPTQError
+from gptq_core.run.engine import Quantization
 
 
 class Handle:

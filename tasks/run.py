@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from gptq_core.checkpoint.card import rewrite as write_card
 from gptq_core.config import kernel_name
 from gptq_core.data.windows import Windows
-from gptq_core.engine import Quantization
 from gptq_core.errors import GPTQError
+from gptq_core.run.engine import Quantization
 from tasks import record as records
 from tasks.allocate import allocate
 from tasks.config import RunConfig
@@ -68,7 +68,7 @@ def compute(
     """Quantize and evaluate as `config` says; the run record, which also lies on disk.
 
     advance: is told percent and what was done. data: what prepare_dataset returns, where that was done before. original: file of
-    the original's log-probabilities, as gptq_core.evaluation.store_original writes them; None: the original is run.
+    the original's log-probabilities, as gptq_core.inference.evaluation.store_original writes them; None: the original is run.
     sampler: of the machine's load, under way; None: one of its own.
     """
     with nullcontext(sampler) if sampler else Sampler() as sampling:

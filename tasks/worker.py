@@ -96,7 +96,7 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     from gptq_core.checkpoint import reader
     from gptq_core.config import QuantizeConfig
     from gptq_core.data.windows import Windows
-    from gptq_core.evaluation import store_original
+    from gptq_core.inference.evaluation import store_original
     from tasks import record as records
     from tasks.config import from_dict
     from tasks.measuring import measure_original

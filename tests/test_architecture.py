@@ -17,7 +17,7 @@ def state():
 import transformers  # its own effects are its own
 before = state()
 import gptq_core
-import gptq_core.engine, gptq_core.evaluation
+import gptq_core.run.engine, gptq_core.inference.evaluation
 after = state()
 assert before == after, (before, after)
 foreign = {"prefect", "mlflow", "typer", "tasks", "flows"} & set(sys.modules)

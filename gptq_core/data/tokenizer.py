@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from gptq_core.architecture import load_config
 from gptq_core.checkpoint.reader import resolve
 from gptq_core.errors import InputError
+from gptq_core.model.architecture import load_config
 
 
 def load_tokenizer(model_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

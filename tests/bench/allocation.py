@@ -20,9 +20,9 @@ from ablation import quantize
 from safetensors.torch import load_file
 
 from gptq_core import Allocation, Quantization, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
-from gptq_core.allocation import choose
 from gptq_core.data.tokenizer import load_tokenizer
-from gptq_core.selection import Selection
+from gptq_core.model.selection import Selection
+from gptq_core.search.allocation import choose
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 WIDTHS = [2, 3, 4, 8]

@@ -16,10 +16,11 @@ from unittest import mock
 import torch
 from ablation import quantize
 
-from gptq_core import QuantizeConfig, Windows, calibration_windows, engine, evaluate_pair, evaluation_windows
+from gptq_core import QuantizeConfig, Windows, calibration_windows, evaluate_pair, evaluation_windows
+from gptq_core.block.group import Member, solve_group
 from gptq_core.data.tokenizer import load_tokenizer
-from gptq_core.group import Member, solve_group
 from gptq_core.method.solver import round_to_nearest
+from gptq_core.run import engine
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 MODEL = str(EMBEDDED / "model")

@@ -1,7 +1,7 @@
 """Memory of an evaluation with a large vocabulary: python tests/bench/evaluation_memory.py [--vocabulary N] [--seqlen N]
 
 Makes a small random Llama with that vocabulary, quantizes it, and judges it against the original in a process of its own. The bound
-that gptq_core.estimate states: both models, and the log-probabilities of `pieces` positions five times over, and a tenth for the
+that gptq_core.planning.estimate states: both models, and the log-probabilities of `pieces` positions five times over, and a tenth for the
 forward of a window. The last column is what whole windows would take.
 """
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from gptq_core import QuantizeConfig
 from gptq_core.data.windows import Windows
-from gptq_core.evaluation import evaluate_pair, load_for_evaluation, pieces
+from gptq_core.inference.evaluation import evaluate_pair, load_for_evaluation, pieces
 from tasks import record as records
 
 COPIES = 5

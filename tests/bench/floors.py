@@ -30,12 +30,13 @@ from typing import Any
 
 import torch
 
-from gptq_core import Quantization, architecture
-from gptq_core.estimate import least
-from gptq_core.footprint import footprints
+from gptq_core import Quantization
 from gptq_core.kernels.constants import coarse_candidates, fine_offsets
 from gptq_core.method import solver
 from gptq_core.method.hessian import products_dtype
+from gptq_core.model import architecture
+from gptq_core.planning.footprint import footprints
+from gptq_core.planning.rates import least
 
 COLUMN_BLOCK = 128
 OPERATIONS_A_CANDIDATE = 8

@@ -30,8 +30,9 @@ from machine import Others, begun, head, write
 from models import SHAPES, quantize, random_windows, roomy, write_llama
 from peers.measured import resident
 
-from gptq_core import QuantizeConfig, architecture
+from gptq_core import QuantizeConfig
 from gptq_core.config import RECIPES
+from gptq_core.model import architecture
 
 HERE = Path(__file__).parent
 

@@ -23,9 +23,9 @@ import torch
 from machine import Others, begun, head, write
 from torch import Tensor
 
-from gptq_core import architecture
 from gptq_core.kernels import descent, dispatch, rounding, scale_search
 from gptq_core.method.hessian import Hessian
+from gptq_core.model import architecture
 
 HERE = Path(__file__).parent
 BLOCK, MAX_CODE, TOKENS = 128, 15, 2048

@@ -16,7 +16,8 @@ import transformers
 from floors import Rates, floors, stage_records
 from safetensors.torch import save_file
 
-from gptq_core import Quantization, QuantizeConfig, Windows, architecture
+from gptq_core import Quantization, QuantizeConfig, Windows
+from gptq_core.model import architecture
 
 _LLAMA_3 = {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "dtype": "bfloat16", "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {

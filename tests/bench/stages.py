@@ -20,8 +20,9 @@ from machine import Others, begun, head, write
 from models import quantize
 from side_by_side import make_wide
 
-from gptq_core import QuantizeConfig, architecture
+from gptq_core import QuantizeConfig
 from gptq_core.config import RECIPES
+from gptq_core.model import architecture
 
 HERE = Path(__file__).parent
 

@@ -12,9 +12,9 @@ import torch
 from tiny import bytes_of, logits, quantize, save_model, windows
 
 from gptq_core import GPTQQuantizer, QuantizeConfig, QuantizedLinear, evaluate_pair, load_quantized
-from gptq_core.backends import REMEDY
 from gptq_core.config import KERNELS
 from gptq_core.errors import InputError
+from gptq_core.inference.backends import REMEDY
 
 gptqmodel = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
 pytestmark = pytest.mark.consumers

@@ -1,4 +1,4 @@
-"""The verdicts of `gptq_core.plan` on GPTQModel and transformers, held against loading the files there. Run as test_gptqmodel.py."""
+"""The verdicts of `plan` on GPTQModel and transformers, held against loading the files there. Run as test_gptqmodel.py."""
 
 import os
 import shutil

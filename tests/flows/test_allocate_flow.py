@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from gptq_core import allocation
-from gptq_core.engine import Quantization
 from gptq_core.errors import FactorizationError
+from gptq_core.run.engine import Quantization
+from gptq_core.search import allocation
 from tasks import record as records
 
 BUDGET = "quantization.allocate={bits: [2, 3, 4, 8], budget_bpw: 3.5}"

@@ -174,7 +174,7 @@ def test_the_numbers_of_another_runner_are_not_its_own(home, args, monkeypatch):
         asked.append(backend)
         return right(*given, backend=None, **rest)
 
-    monkeypatch.setattr("gptq_core.backends.choose", lambda *_args: None)
+    monkeypatch.setattr("gptq_core.inference.backends.choose", lambda *_args: None)
     monkeypatch.setattr("tasks.evaluate.evaluate_pair", by_torch)
     result = call(*args, "--set", "quantization.backend=marlin")
     assert result.exit_code == 0 and "unchanged" in result.stderr, result.output
@@ -183,7 +183,7 @@ def test_the_numbers_of_another_runner_are_not_its_own(home, args, monkeypatch):
 
 
 def test_a_block_that_fails_once_is_tried_again(home, args, monkeypatch):
-    from gptq_core.engine import Quantization
+    from gptq_core.run.engine import Quantization
 
     right, calls = Quantization.quantize_block, []
 
@@ -199,8 +199,8 @@ def test_a_block_that_fails_once_is_tried_again(home, args, monkeypatch):
 
 
 def test_what_the_engine_refuses_is_not_tried_again(home, args, monkeypatch):
-    from gptq_core.engine import Quantization
     from gptq_core.errors import FactorizationError
+    from gptq_core.run.engine import Quantization
 
     calls = []
 

@@ -10,11 +10,11 @@ from oracles import problem
 from tiny import dense_twin, logits, quantize, save_model, windows
 
 from gptq_core import QuantizeConfig, QuantizedLinear, load_quantized
-from gptq_core.architecture import find_decoder
 from gptq_core.checkpoint.format import packed_tensors
-from gptq_core.dequantize import dequantize_checkpoint
+from gptq_core.inference.dequantize import dequantize_checkpoint
 from gptq_core.method.factor import factorize
 from gptq_core.method.solver import round_to_nearest, solve
+from gptq_core.model.architecture import find_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

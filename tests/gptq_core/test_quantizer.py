@@ -14,9 +14,10 @@ import torch
 import transformers
 from tiny import logits, save_model, windows
 
-from gptq_core import GPTQQuantizer, QuantizeConfig, QuantizedLinear, architecture, load_quantized, load_quantized_model
+from gptq_core import GPTQQuantizer, QuantizeConfig, QuantizedLinear, load_quantized, load_quantized_model
 from gptq_core.errors import InputError
-from gptq_core.linear import to_dense
+from gptq_core.inference.linear import to_dense
+from gptq_core.model import architecture
 
 
 def letters(texts, verbose=True):

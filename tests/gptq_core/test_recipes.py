@@ -7,12 +7,14 @@ import pytest
 import torch
 from tiny import bytes_of, dense_twin, logits, quantize, save_model, windows
 
-from gptq_core import Quantization, QuantizeConfig, calibration_windows, engine, evaluate_pair, evaluation_windows, load_quantized, tuning
-from gptq_core.architecture import empty_model, find_decoder, linears_of, load_config
+from gptq_core import Quantization, QuantizeConfig, calibration_windows, evaluate_pair, evaluation_windows, load_quantized
+from gptq_core.block import tuning
+from gptq_core.block.walk import residual_writers
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import InputError
-from gptq_core.surroundings import Call
-from gptq_core.walk import residual_writers
+from gptq_core.model.architecture import empty_model, find_decoder, linears_of, load_config
+from gptq_core.model.capture import Call
+from gptq_core.run import engine
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 RECIPES = ("classic", "tuned", "best", "max")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gptq_core.selection import NOT_LISTED
+from gptq_core.model.selection import NOT_LISTED
 from tasks.config import LIMITS, GateConfig, from_dict
 from tasks.gate import GateFailedError, demand, failed, judge, measured, verdict
 

@@ -13,8 +13,8 @@ import tasks.measuring
 from gptq_core import QuantizeConfig
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.data.windows import calibration_windows
-from gptq_core.engine import Quantization
-from gptq_core.evaluation import load_for_evaluation
+from gptq_core.inference.evaluation import load_for_evaluation
+from gptq_core.run.engine import Quantization
 from tasks.config import from_dict
 from tasks.measuring import measure_all, measure_original, measures_key
 

@@ -80,7 +80,7 @@ def test_a_kernel_that_cannot_run_what_will_be_written_is_refused_and_the_output
         if asked[-1]:
             raise InputError("not these layers")
 
-    monkeypatch.setattr("gptq_core.backends.choose", choose)
+    monkeypatch.setattr("gptq_core.inference.backends.choose", choose)
     with pytest.raises(InputError, match="not these layers"):
         tasks.prepare.check(config)
     assert asked[0] == []

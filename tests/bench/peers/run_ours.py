@@ -8,7 +8,7 @@ from pathlib import Path
 from measured import Steps, arguments
 
 from gptq_core import Quantization, QuantizeConfig, Windows
-from gptq_core.engine import code_sha256
+from gptq_core.run.engine import code_sha256
 
 args, steps = arguments(recipe={"required": True}), Steps()
 config = QuantizeConfig(bits=args.bits, group_size=args.group_size, recipe=args.recipe)

@@ -251,7 +251,7 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gptq_core.kernels import fused
+from gptq_core.kernels import triton_loops as fused
 
 POINTERS = {"codes": "*u8", "group": "*i64"}
 VALUES = {"MAX_CODE": 15, "BLOCK": 128, "CHUNK": 128, "TILE": fused.TILE, "SMALLEST_ZERO": 1, "COARSE": 16, "FINE": 4, "LEAST": 0.4,

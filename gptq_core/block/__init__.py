@@ -1,0 +1,1 @@
+"""One decoder block through the method."""

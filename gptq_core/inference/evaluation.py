@@ -1,0 +1,237 @@
+"""Perplexity and KL per token, on a checkpoint as it is read back from disk.
+
+Perplexity as the papers do: non-overlapping windows, mean negative log-likelihood over the targets inside each. KL is
+KL(original ‖ quantized) of the next-token distributions, mean over the same positions. Logits of a few windows, or of some positions
+of one window where the vocabulary is large, are turned to log-probabilities in float32; neither text × vocabulary nor a whole window ×
+a large vocabulary is ever held.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gptq_core.checkpoint.reader import Checkpoint, resolve
+from gptq_core.data.windows import Windows
+from gptq_core.errors import CorruptCheckpointError, InputError
+from gptq_core.inference import backends
+from gptq_core.inference.linear import load_quantized, to_dense
+from gptq_core.model.architecture import choose_device, judging_dtype, load_config
+
+LOGITS_AT_ONCE = 2**22
+"""Logits that are held at a time, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache."""
+FEWEST_POSITIONS = 128
+"""Of a window that exceeds it, so many positions at least: the head's weights are read once for each piece."""
+
+Progress = Callable[[int, int], None]
+
+
+class Comparison:
+    """Sums over the positions of a text, for the figures of an original model and one quantized from it."""
+
+    def __init__(self, kl: bool = True) -> None:
+        self._kl = kl
+        self._nll, self._divergence, self._agreed, self._flipped, self._count = [0.0, 0.0], 0.0, 0, 0, 0
+
+    def add(self, original: Tensor, quantized: Tensor, targets: Tensor) -> None:
+        """Add some positions: (positions, vocabulary) log-probabilities of both models, and the tokens (positions,) that came."""
+        for index, log_probabilities in enumerate((original, quantized)):
+            self._nll[index] -= log_probabilities.gather(-1, targets[:, None]).double().sum().item()
+        if self._kl:
+            self._divergence += (original.exp() * (original - quantized)).sum(-1).double().sum().item()
+            before, after = original.argmax(-1), quantized.argmax(-1)
+            self._agreed += int((before == after).sum())
+            self._flipped += int(((before == targets) != (after == targets)).sum())
+        self._count += targets.numel()
+
+    def figures(self) -> dict[str, Any]:
+        """Perplexities; KL(original ‖ quantized) per token, top-1 agreement, and flips, the share of positions where one model's top
+        token is right and the other's is not, all three None without `kl`; and the tokens judged."""
+        return {
+            "original_perplexity": math.exp(self._nll[0] / self._count),
+            "quantized_perplexity": math.exp(self._nll[1] / self._count),
+            "kl": self._divergence / self._count if self._kl else None,
+            "top1_agreement": self._agreed / self._count if self._kl else None,
+            "flips": self._flipped / self._count if self._kl else None,
+            "tokens": self._count,
+        }
+
+
+def load_for_evaluation(path: str, device: str = "auto", revision: str | None = None, backend: str | None = None) -> PreTrainedModel:
+    """A dense model or a quantized checkpoint, ready to run: float32 on the CPU, the model's own dtype on a GPU.
+
+    backend: as in `load_quantized`; a kernel of GPTQModel runs in the dtype that it takes, and only a quantized checkpoint.
+    """
+    folder, target = resolve(path, revision), choose_device(device)
+    if backends.named(backend):
+        return load_quantized(folder, device=target, backend=backend)
+    config = load_config(folder)
+    dtype = judging_dtype(config, target)
+    if getattr(config, "quantization_config", None):
+        return to_dense(load_quantized(folder, dtype=dtype, device=target))  # unpacked once, not in every forward
+    Checkpoint(folder)  # refuses pickle weights with a reason before transformers would load them
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        # transformers would go on with random numbers in their place
+        raise CorruptCheckpointError(f"{folder}: tensors are missing, the first is {sorted(report['missing_keys'])[0]!r}")
+    return model.to(target).eval()
+
+
+def evaluate_one(
+    model_path: str, windows: Windows, *, device: str = "auto", backend: str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """{"perplexity", "tokens"} of one model, dense or quantized. backend: who runs the quantized linears, as in `load_quantized`."""
+    model = load_for_evaluation(model_path, device, backend=backend)
+    losses = window_losses(model, windows, progress)
+    return {"perplexity": perplexity(losses, windows), "tokens": windows.count * (windows.seqlen - 1)}
+
+
+def window_losses(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> list[float]:
+    """The negative log-likelihood of each window's targets, in nats, summed."""
+    found = [-pairs[0].gather(-1, pairs[1][:, None]).double().flatten().cpu() for pairs in _judged(model, windows, progress)]
+    return torch.cat(found).view(windows.count, -1).sum(1).tolist()
+
+
+def perplexity(losses: list[float], windows: Windows) -> float:
+    """Of a text whose windows have these losses."""
+    return math.exp(sum(losses) / (windows.count * (windows.seqlen - 1)))
+
+
+def evaluate_pair(
+    original_path: str,
+    checkpoint: str,
+    windows: Windows,
+    *,
+    kl: bool = True,
+    revision: str | None = None,
+    device: str = "auto",
+    backend: str | None = None,
+    stored: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token, top-1 agreement and flips.
+
+    kl, top1_agreement and flips are None with `kl=False`. backend: who runs the linears of `checkpoint`, as in `load_quantized`.
+    stored: a file that `store_original` wrote for this original and these windows; the original is not run then.
+    """
+    model = load_for_evaluation(checkpoint, device, backend=backend)
+    originals = _originals(original_path, windows, device, revision) if stored is None else _stored(Path(stored), windows)
+    comparison = Comparison(kl)
+    for answer, (found, targets) in zip(originals, _judged(model, windows, progress), strict=True):
+        comparison.add(answer.to(found.device), found, targets)
+    return comparison.figures() | {"windows": windows.count}
+
+
+def original_bytes(model_path: str, windows: Windows, revision: str | None = None) -> int:
+    """Size of the file that `store_original` would write."""
+    vocabulary = load_config(resolve(model_path, revision)).get_text_config(decoder=True).vocab_size
+    return 4 * windows.count * (windows.seqlen - 1) * vocabulary
+
+
+def store_original(
+    model_path: str, windows: Windows, path: Path, *, revision: str | None = None, device: str = "auto", progress: Progress | None = None
+) -> None:
+    """Run the original once for many checkpoints: its log-probabilities, float32 (windows, seqlen − 1, vocabulary), as .npy.
+
+    The file appears whole or not at all. What is read from it is bit for bit what the model says on the same device.
+    """
+    model = load_for_evaluation(model_path, device, revision)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    draft, first = path.with_name(f".{os.getpid()}-{path.name}"), 0
+    kept = np.lib.format.open_memmap(draft, "w+", np.float32, (windows.count, windows.seqlen - 1, vocabulary))
+    rows = kept.reshape(-1, vocabulary)  # a view
+    for found, _ in _judged(model, windows, progress):
+        rows[first : first + len(found)] = found.cpu()
+        first += len(found)
+    kept.flush()
+    draft.replace(path)
+
+
+def _originals(model_path: str, windows: Windows, device: str, revision: str | None) -> Iterator[Tensor]:
+    for found, _ in _judged(load_for_evaluation(model_path, device, revision), windows):
+        yield found
+
+
+def _stored(path: Path, windows: Windows) -> Iterator[Tensor]:
+    kept = np.load(path, mmap_mode="r", allow_pickle=False)
+    if kept.shape[:2] != (windows.count, windows.seqlen - 1):
+        raise InputError(
+            f"{path} holds {kept.shape[0]} × {kept.shape[1]} positions (must be {windows.count} × {windows.seqlen - 1}, "
+            "those of the windows): remove it"
+        )
+    at_once, positions = pieces(kept.shape[2], windows.seqlen)
+    for first in range(0, windows.count, at_once):
+        for start in range(0, windows.seqlen - 1, positions):
+            yield torch.from_numpy(np.array(kept[first : first + at_once, start : start + positions])).flatten(0, 1)
+
+
+def pieces(vocabulary: int, seqlen: int) -> tuple[int, int]:
+    """Windows in one forward, and positions of each whose logits are held at once."""
+    windows = LOGITS_AT_ONCE // (vocabulary * seqlen)
+    return (windows, seqlen - 1) if windows else (1, min(seqlen - 1, max(FEWEST_POSITIONS, LOGITS_AT_ONCE // vocabulary)))
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _judged(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(positions, vocabulary) log-probabilities in float32 and the tokens (positions,) that came, piece by piece through the text."""
+    device = next(model.parameters()).device
+    at_once, positions = pieces(vocabulary_of(model), windows.seqlen)
+    done = 0
+    for batch in windows.tokens.split(at_once):
+        batch = batch.to(device)
+        targets = batch[:, 1:]
+        with _logits(model, batch, positions) as logits:
+            for start in range(0, windows.seqlen - 1, positions):
+                here = slice(start, min(start + positions, windows.seqlen - 1))
+                yield torch.log_softmax(logits(here).flatten(0, 1).float(), -1), targets[:, here].flatten()
+        done += batch.shape[0]
+        if progress:
+            progress(done, windows.count)
+
+
+@contextmanager
+def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[Callable[[slice], Tensor]]:
+    """A function from positions to their logits: the model's own, so that scaling and capping of any kind are in them.
+
+    Where not all positions are wanted at once, the body is run once and the model's forward is run on what it said, a piece at a time.
+    """
+    body = model.base_model
+    sliceable = body is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
+    if positions >= batch.shape[1] - 1 or not sliceable:
+        with torch.no_grad():
+            found = model(input_ids=batch, use_cache=False).logits
+        yield lambda here: found[:, here]
+        return
+    with torch.no_grad():
+        said = body(input_ids=batch, use_cache=False)
+    body.forward = lambda *_args, **_kwargs: said  # hides the method of the class
+    try:
+
+        @torch.no_grad()
+        def piece(here: slice) -> Tensor:
+            wanted = torch.arange(here.start, here.stop, device=batch.device)
+            return model(input_ids=batch, use_cache=False, logits_to_keep=wanted).logits
+
+        yield piece
+    finally:
+        del body.forward
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """(positions, vocabulary) in float32, of logits (windows, tokens, vocabulary) but each window's last, which has no target."""
+    return torch.log_softmax(logits[:, :-1].flatten(0, 1).float(), -1)

@@ -1,0 +1,1 @@
+"""Where model, method, format and hardware meet."""

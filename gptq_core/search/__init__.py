@@ -1,0 +1,1 @@
+"""Many configs judged from one capture."""

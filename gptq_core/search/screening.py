@@ -1,0 +1,277 @@
+"""Judge many configurations of one model from one capture: what a sweep with `mode: screening` runs.
+
+    found = screen(model, {"w4": QuantizeConfig(bits=4), "w3": QuantizeConfig(bits=3)}, calibration, heldout)
+
+The decoder blocks are walked once for all cells, a cell being one configuration. In each block:
+
+1. The original model's calibration windows pass. One forward gives the Hessians of its input groups, one after another, and the
+   inputs of the next block.
+2. On each Hessian every cell solves the linears that it selects, by the engine's own `solve_group`. Cells of equal column order and
+   damping share the factor.
+3. The held-out windows pass: once as in the original, and once for each cell with its own hidden states and its dequantized weights,
+   exact in float16 as its checkpoint would have them.
+
+After the last block, norm and head turn every stream into the figures of `evaluate_pair`. A block's tensors are read once, and
+nothing is stored.
+
+What screening means:
+
+- A Hessian is that of the original's inputs. In an exact run it is that of the inputs which the quantized layers before have changed.
+  So the figures rank configurations, and are not those of a checkpoint: results are labelled `screening`, and there is none to publish.
+  The first input group of the first block has the codes of an exact run.
+- target_shift, residual_shift and tuning_steps answer to what was quantized upstream, and here nothing is. They are set aside: a cell
+  is solved as if they were 0, and `Screened.set_aside` names them. Configurations that differ in nothing else come out equal.
+  What recipes best and max gain by them, screening does not see: it may rank such a cell behind one that it beats.
+- All cells see the same calibration windows, and every layer the original inputs: `dataset` is not read and `true_sequential` makes
+  no difference.
+- Cells may differ in the linears that they select; what a cell does not select stays as it is. A quantized head is solved on the
+  original's final hidden states.
+
+Memory in bytes, for K cells, T calibration and E held-out tokens, hidden size h, b bytes an element, W weights in a block, n inputs of
+the group that is being solved, and F different factors of its Hessian:
+
+    b h (T + (K + 1) E)  +  W (2 b + K)  +  4 n² (2 + 2 F)
+
+the hidden states, the block with one cell's dequantized weights and the codes of all, and one Hessian. For nine cells with the same
+factors on the shape of Llama-3-8B in bfloat16, 128 × 2048 calibration and 96 × 2048 held-out tokens: 18 + 3 + 3 GB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_core.block import walk
+from gptq_core.block.group import Member, solve_group
+from gptq_core.block.stream import OriginalStream, quantized
+from gptq_core.checkpoint.reader import resolve
+from gptq_core.config import QuantizeConfig
+from gptq_core.data.windows import Windows
+from gptq_core.errors import FactorizationError, InputError
+from gptq_core.inference.evaluation import Comparison, log_probabilities, pieces, vocabulary_of
+from gptq_core.method import solver
+from gptq_core.method.factor import Factor, column_order, factorize
+from gptq_core.method.hessian import Hessian
+from gptq_core.model import architecture, capture
+from gptq_core.model.selection import Selection
+from gptq_core.planning.plan import plan
+from gptq_core.work_sizes import TOKENS_PER_FORWARD
+
+SET_ASIDE = {"target_shift": 0.0, "residual_shift": 0.0, "tuning_steps": 0}
+"""What has no meaning where nothing upstream is quantized, and its value for that."""
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What one configuration came to. Measured figures are None where `error` says why there are none."""
+
+    original_perplexity: float | None
+    quantized_perplexity: float | None
+    kl: float | None
+    """KL(original || this cell) per token."""
+    top1_agreement: float | None
+    bits_per_weight: float
+    bytes: int
+    """Size of the checkpoint that the configuration would write, as `plan` predicts it."""
+    original_bytes: int
+    """Size of the model as it is."""
+    seconds: float
+    """Spent in this cell's solves. A factor that several cells share counts for the first of them."""
+    set_aside: tuple[str, ...]
+    """Fields of the config that screening took for 0."""
+    fallback_layers: tuple[str, ...] = ()
+    """Linears that were rounded to nearest, which on_failure: round allows."""
+    error: str | None = None
+    """Why the cell could not be solved; the others went on without it."""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, with its label."""
+        return {"mode": "screening"} | dataclasses.asdict(self)
+
+
+def screen(
+    model_path: str,
+    configs: Mapping[str, QuantizeConfig],
+    calibration: Windows,
+    heldout: Windows,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_block: Callable[[int, int], None] | None = None,
+) -> dict[str, Screened]:
+    """Each configuration's result under its name; what that is, is in this module's docstring. on_block: blocks done, of how many.
+
+    Raises InputError before any work, as Quantization.open does, for a config with `allocate`, and for token ids beyond the
+    vocabulary. A cell that cannot be factored, or for whose solves the device's memory is too small, is an `error` in its result.
+    """
+    if not configs:
+        raise InputError("configs = {}: screening needs one configuration at least; name one")
+    for name, config in configs.items():
+        if config.allocate:
+            raise InputError(
+                f"configs[{name!r}]: quantization.allocate cannot be screened, a cell's widths must be given; choose them first with "
+                "allocate(model, config, windows).apply(config), or drop it"
+            )
+    folder = str(resolve(model_path, revision))  # once: a hub id is a look into the network
+    cells = [_cell(folder, name, config) for name, config in configs.items()]
+    with _Cells.look(folder, cells[0].config, calibration, revision=None, dtype=dtype, device=device) as run:
+        vocabulary = run.decoder.model.config.get_text_config(decoder=True).vocab_size
+        if (largest := int(heldout.tokens.max())) >= vocabulary or int(heldout.tokens.min()) < 0:
+            raise InputError(
+                f"token id {largest} in the held-out windows: the model's vocabulary ends at {vocabulary - 1}; "
+                "use the model's own tokenizer"
+            )
+        run.judge(cells, heldout, on_block or (lambda done, total: None))
+    return {cell.name: cell.result() for cell in cells}
+
+
+# -- one cell -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Cell:
+    """A configuration on its way through the blocks."""
+
+    name: str
+    config: QuantizeConfig
+    """As it is solved."""
+    selection: Selection
+    sizes: dict[str, Any]
+    set_aside: tuple[str, ...]
+    hidden: list[Tensor] = field(default_factory=list)
+    """Held-out hidden states, a tensor a batch."""
+    solutions: dict[str, solver.Solution] = field(default_factory=dict)
+    """Of the block at hand, by full names; at last of the head."""
+    fallbacks: list[str] = field(default_factory=list)
+    comparison: Comparison = field(default_factory=Comparison)
+    seconds: float = 0.0
+    error: str | None = None
+
+    def solve(self, modules: dict[str, nn.Linear], hessian: Hessian, run: _Cells, factors: _Factors) -> None:
+        """Solve what this cell selects of an input group. A failure ends the cell, and it alone."""
+        layers = self.selection.layers
+        members = [Member(name, linear.weight, layers[name].config) for name, linear in modules.items() if name in layers]
+        if not members:
+            return
+        started = time.perf_counter()
+        try:
+            for name, solution, report in solve_group(members, hessian, None, run.timed, factors):
+                self.solutions[name] = solution
+                if report["fallback"]:
+                    self.fallbacks.append(name)
+        except FactorizationError as error:
+            self._end(str(error))
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            self._end(f"{members[0].name}: no memory left to solve it ({reason}); screen fewer cells or held-out windows at a time")
+        self.seconds += time.perf_counter() - started
+
+    def _end(self, why: str) -> None:
+        self.error, self.hidden, self.solutions = why, [], {}
+
+    def weights(self, linears: Mapping[str, nn.Linear], dtype: torch.dtype) -> dict[nn.Linear, Tensor]:
+        return {linears[name]: solution.weight(dtype) for name, solution in self.solutions.items()}
+
+    def result(self) -> Screened:
+        keys = ("original_perplexity", "quantized_perplexity", "kl", "top1_agreement")
+        figures = dict.fromkeys(keys) if self.error else {key: self.comparison.figures()[key] for key in keys}
+        course = {"seconds": self.seconds, "set_aside": self.set_aside, "fallback_layers": tuple(self.fallbacks), "error": self.error}
+        return Screened(**figures, **self.sizes, **course)
+
+
+def _cell(folder: str, name: str, config: QuantizeConfig) -> _Cell:
+    plain = config.model_copy(update=SET_ASIDE)
+    try:
+        planned = plan(folder, plain)
+    except InputError as error:
+        raise type(error)(f"configs[{name!r}]: {error}") from error
+    sizes = {"bits_per_weight": planned.bits_per_weight, "bytes": planned.bytes, "original_bytes": planned.original_bytes}
+    return _Cell(name, plain, planned.selection, sizes, tuple(key for key, off in SET_ASIDE.items() if getattr(config, key) != off))
+
+
+class _Factors:
+    """`factorize` on one Hessian, once for all cells of the same column order and damping."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[float | str, bytes], Factor] = {}
+
+    def __call__(self, hessian: Tensor, config: QuantizeConfig, layer: str, tokens: int) -> Factor:
+        key = config.damp_percent, column_order(hessian.diagonal(), config).cpu().numpy().tobytes()
+        if key not in self._found:
+            self._found[key] = factorize(hessian, config, layer, tokens)
+        return self._found[key]
+
+
+# -- the streams ----------------------------------------------------------------------------------------------------------
+
+
+class _Cells(OriginalStream):
+    """The original's calibration stream, and the held-out windows in the original and in every cell."""
+
+    def judge(self, cells: list[_Cell], heldout: Windows, on_block: Callable[[int, int], None]) -> None:
+        """Take the cells through the model; what they come to is in them."""
+        self._cells = cells
+        self.capture()
+        self._enter(heldout)
+        for index in range(self.block_count):
+            if not self._alive():
+                return
+            self._pass(index)
+            on_block(index + 1, self.block_count)
+        self._finish(pieces(vocabulary_of(self.decoder.model), heldout.seqlen)[0])
+
+    def _alive(self) -> list[_Cell]:
+        return [cell for cell in self._cells if not cell.error]
+
+    def _enter(self, heldout: Windows) -> None:
+        """The held-out windows up to the first block."""
+        model, blocks = self.decoder.model, self.decoder.blocks
+        batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // heldout.seqlen)
+        self._heldout = [b.to(self.device) for b in heldout.tokens.split(batch)]
+        self._fill_outside()
+        self._heldout_hidden, self._heldout_calls = capture.capture(model.base_model, blocks, self._heldout, self._as_tuple)
+        for child in architecture.outside(model, blocks):
+            architecture.empty(child)
+        for cell in self._cells:
+            cell.hidden = list(self._heldout_hidden)
+
+    def _pass(self, index: int) -> None:
+        names = dict.fromkeys(name for cell in self._alive() for name in cell.selection.in_block(index))
+        with self._passed(index, names, self._solve) as block:
+            linears = {f"{self.decoder.prefix}.{index}.{name}": linear for name, linear in architecture.linears_of(block).items()}
+            walk.run(block, self._heldout_hidden, self._heldout_calls[index])
+            for cell in self._alive():
+                with quantized(cell.weights(linears, self.dtype)):
+                    walk.run(block, cell.hidden, self._heldout_calls[index])
+                cell.solutions = {}
+
+    def _solve(self, modules: dict[str, nn.Linear], hessian: Hessian) -> None:
+        factors = _Factors()
+        for cell in self._alive():
+            cell.solve(modules, hessian, self, factors)
+
+    def _finish(self, at_once: int) -> None:
+        """Solve the head where it takes part, and compare the cells with the original, `at_once` windows at a time."""
+        self._fill_outside()
+        model = self.decoder.model
+        name, head = architecture.head_name(model), model.get_output_embeddings()
+        if any(name in cell.selection.layers for cell in self._alive()):
+            self._solve({name: head}, self._head_hessian(head))
+        self._hidden = []
+        for number, batch in enumerate(self._heldout):
+            for start in range(0, len(batch), at_once):
+                here = slice(start, start + at_once)
+                original, targets = self._answers(batch[here], self._heldout_hidden[number][here]), batch[here][:, 1:].flatten()
+                for cell in self._alive():
+                    with quantized(cell.weights({name: head}, self.dtype)):
+                        cell.comparison.add(original, self._answers(batch[here], cell.hidden[number][here]), targets)
+
+    def _answers(self, batch: Tensor, hidden: Tensor) -> Tensor:
+        return log_probabilities(capture.logits(self.decoder.model, self.decoder.blocks, batch, hidden, self._as_tuple))
