@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 
 from flows import progress
-from tasks.config import without_password
+from tasks.config.run import without_password
 
 LATER = "`python -m flows track-pending` makes up for it"
 

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from gptq_core.errors import InputError
-from tasks.cells import Places
-from tasks.sweep import SweepConfig
+from tasks.config.sweep import SweepConfig
+from tasks.sweep.jobs import Places
 
 if TYPE_CHECKING:
     from prefect_ray import RayTaskRunner

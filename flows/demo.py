@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.config import RunConfig, load, load_yaml
+from tasks.config.run import RunConfig, load, load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, SWEEP = ROOT / "configs" / "demo.yaml", ROOT / "configs" / "sweep.yaml"

@@ -7,16 +7,16 @@ from prefect import flow
 
 from flows import progress
 from flows.artifacts import Board
-from flows.request import EvaluationRequest, prepare_evaluation, runner
-from tasks import record as records
-from tasks.data import save
-from tasks.evaluate import Progress
-from tasks.evaluate import evaluate as evaluate_checkpoint
+from flows.evaluation_request import EvaluationRequest, prepare_evaluation, runner
+from tasks.outcome import record as records
+from tasks.steps.evaluate import Progress
+from tasks.steps.evaluate import evaluate as evaluate_checkpoint
+from tasks.steps.prepare_dataset import save
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{request.name}")
 def evaluate(request: EvaluationRequest) -> dict[str, Any]:
-    """The numbers of tasks.evaluate, and the text and the original they were measured against."""
+    """The numbers of tasks.steps.evaluate, and the text and the original they were measured against."""
     report = progress.reporter()
     windows, original, revision = prepare_evaluation(request)
     backend = runner(request)

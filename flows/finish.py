@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from flows.artifacts import LATER
-from tasks import record as records
-from tasks.config import NotifyConfig, RunConfig
-from tasks.notify import Told, events, notify, summary
-from tasks.registry import promote
+from tasks.config.run import NotifyConfig, RunConfig
+from tasks.outcome import record as records
+from tasks.outcome.notify import Told, events, notify, summary
 from tasks.run import Reporter
+from tasks.tracking.registry import promote
 
 
 def finish(config: RunConfig, record: dict[str, Any], report: Reporter) -> dict[str, Any]:
@@ -24,8 +24,7 @@ def finish(config: RunConfig, record: dict[str, Any], report: Reporter) -> dict[
 
 
 def register(config: RunConfig, record: dict[str, Any], report: Reporter) -> dict[str, Any]:
-    """The record with `registry`: what tasks.registry.promote returns, or None where the gate or the evaluation failed, or nothing is
-    to be registered."""
+    """The record with `registry`: what `promote` returns; None where gate or evaluation failed, or nothing is to be registered."""
     verdict, found = record.get("gate"), None
     if verdict and verdict["passed"] and config.gate.register_as and not record["evaluation_error"]:
         with report.stage("register"):

@@ -11,17 +11,17 @@ from prefect.states import Completed
 
 from flows import progress
 from flows.artifacts import LATER, Board, prefect_run
-from flows.dead_runs import mark_dead_runs
 from flows.finish import finish
-from flows.report import written
+from flows.serving.dead_runs import mark_dead_runs
 from gptq_core.errors import GPTQError
-from tasks import record as records
-from tasks.config import RunConfig
-from tasks.figures import relative_errors
-from tasks.gate import demand, verdict
-from tasks.prepare import check, placed
+from tasks.config.run import RunConfig
+from tasks.outcome import record as records
+from tasks.outcome.gate import demand, verdict
+from tasks.report.writing import written
+from tasks.request.checks import check, placed
 from tasks.run import compute
-from tasks.tracking import log
+from tasks.tracking.figures import relative_errors
+from tasks.tracking.mlflow_runs import log
 
 
 class EvaluationFailedError(GPTQError):

@@ -25,19 +25,20 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import progress
 from flows.artifacts import LATER, Board, prefect_run
 from flows.cluster import ray_options, ray_runner
-from flows.dead_runs import mark_dead_runs
 from flows.finish import register, tell
-from flows.report import written
+from flows.serving.dead_runs import mark_dead_runs
 from gptq_core.errors import GPTQError
-from tasks import cells as at
-from tasks import outbox
-from tasks import record as records
-from tasks.cells import Places, State
-from tasks.figures import front
-from tasks.supervise import INHERITED, Leases, Outcome, Worker, supervise
-from tasks.sweep import SweepConfig
-from tasks.tracking import log, log_sweep, open_sweep
-from tasks.worker import Job
+from tasks.config.sweep import SweepConfig
+from tasks.outcome import record as records
+from tasks.report.writing import written
+from tasks.sweep import cells, jobs, results
+from tasks.sweep.cells import State
+from tasks.sweep.jobs import Places
+from tasks.sweep.worker import Job
+from tasks.sweep.workers import INHERITED, Leases, Outcome, Worker, supervise
+from tasks.tracking import outbox
+from tasks.tracking.figures import front
+from tasks.tracking.mlflow_runs import log, log_sweep, open_sweep
 
 
 class SweepFailedError(GPTQError):
@@ -49,7 +50,7 @@ class Parent:
     """The sweep's own run in MLflow."""
 
     sweep: dict[str, Any]
-    """What names it: tasks.cells.opening."""
+    """What names it: tasks.sweep.results.opening."""
     logged: dict[str, Any] = field(default_factory=dict)
     """open_sweep's outcome; its error is that of the first try that failed, after which no other is made."""
 
@@ -57,16 +58,16 @@ class Parent:
 @flow(name="sweep", flow_run_name="sweep-{config.folder.name}", on_running=[mark_dead_runs])
 def sweep(config: SweepConfig) -> Any:
     """Run the cells that are missing, log them, choose; sweep.json's content. Nothing to compute: state "Unchanged"."""
-    with at.alone(config):
+    with cells.alone(config):
         return _sweep(config)
 
 
 def _sweep(config: SweepConfig) -> Any:
     report, board, started = progress.reporter(), Board("sweep"), time.perf_counter()
-    states, before = at.examine(config), at.read(config)
+    states, before = cells.examine(config), results.read(config)
     missing = [state for state in states if state.status == "missing"]
     tracked = next(state.config for state in states if state.cell.config)
-    parent = Parent(at.opening(config))
+    parent = Parent(results.opening(config))
     parent.logged = open_sweep(tracked.tracking, parent.sweep)
     if parent.logged["error"]:
         report.note(f"not recorded in MLflow for now: {parent.logged['error']}; {LATER}")
@@ -78,22 +79,22 @@ def _sweep(config: SweepConfig) -> Any:
         with report.stage("cells", len(missing)) as tick:
             finished = dict(done(config, missing, parent, report, board, tick))
         states = [finished.get(state.cell.name, state) for state in states]
-    found = at.result(config, states, [state.cell.name for state in missing], started) | prefect_run()
-    if not missing and at.same(before, found):  # told again, not done again
+    found = results.result(config, states, [state.cell.name for state in missing], started) | prefect_run()
+    if not missing and results.same(before, found):  # told again, not done again
         found |= {key: before[key] for key in ("finished", "seconds", *prefect_run()) if key in before}
     found |= {"registry": _register(states, found, parent, report), "notified": before.get("notified")}
-    path = at.write(config, found)
+    path = results.write(config, found)
     with report.stage("report"):
         file = written("sweep", found, report)  # before the log, which takes it along
     found["mlflow"] = parent.logged if parent.logged["error"] else log_sweep(tracked.tracking, found)
     outbox.settle(tracked.tracking, "sweep", path, found["mlflow"])
-    found["notified"] = tell(tracked.notify, at.happened(found), at.summary(found), found["notified"], report)
-    at.write(config, found)
+    found["notified"] = tell(tracked.notify, results.happened(found), results.summary(found), found["notified"], report)
+    results.write(config, found)
     board.tracked(found["mlflow"])
     board.lines(table(found), f"{config.folder}: {found['recommended']['rule']}: {found['recommended']['name']}")
     board.figure(lambda: front(found), "quality against size" + (", screening" if found["mode"] == "screening" else ""), file)
     board.progress(100, "done")
-    if reason := at.objection(found):
+    if reason := results.objection(found):
         raise SweepFailedError(reason)
     if not missing:
         return Completed(name="Unchanged", data=found, message=f"unchanged: all of {config.folder} is done; nothing was computed")
@@ -131,17 +132,17 @@ def run_cell(name: str, job: Job, limits: dict[str, Any], logs: str, folder: str
 
 def _exact(config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick) -> Found:
     """Cells as they finish: logged, and told."""
-    places, by_name = at.places(config, missing), {state.cell.name: state for state in missing}
+    places, by_name = jobs.places(config, missing), {state.cell.name: state for state in missing}
     report.note(f"{len(missing)} cells, {places.at_once} at a time with {places.threads} threads each")
     with _cells(config, places) as run:
-        wanted, originals = at.original_jobs(config, missing, places.threads)
+        wanted, originals = jobs.original_jobs(config, missing, places.threads)
         for key, outcome in run(wanted):
             if outcome["status"] == "done":
                 originals[key] = outcome["result"]["file"]
             else:
                 report.note(f"every cell runs the original itself: {outcome['error']}")
-        for count, (name, outcome) in enumerate(run(at.jobs(config, missing, places.threads, originals)), 1):
-            state = at.after(by_name[name], outcome)
+        for count, (name, outcome) in enumerate(run(jobs.jobs(config, missing, places.threads, originals)), 1):
+            state = cells.after(by_name[name], outcome)
             if state.status == "done":
                 written("run", state.record, report)
                 _log_cell(config, state, parent, report)
@@ -158,10 +159,10 @@ def _cells(config: SweepConfig, places: Places) -> Iterator[Callable[[dict[str, 
     leases = Leases(places.devices, places.slots, places.threads, logs) if config.runner == "local" else None
     with ThreadPoolTaskRunner(max_workers=places.at_once) if leases else ray_runner(config) as runner:
 
-        def run(jobs: dict[str, Job]) -> Iterator[tuple[str, Outcome]]:
+        def run(wanted: dict[str, Job]) -> Iterator[tuple[str, Outcome]]:
             names = {}
             with nullcontext() if leases else ray_options(config, places):
-                for name, job in jobs.items():
+                for name, job in wanted.items():
                     given = {"name": name, "job": job, "limits": limits, "logs": str(logs), "folder": os.getcwd(), "leases": leases}
                     names[runner.submit(run_cell.with_options(task_run_name=name[:200]), given)] = name
             for future in as_completed(list(names)):
@@ -187,18 +188,18 @@ def _outcome(future: PrefectFuture) -> Outcome:
 
 def _screening(config: SweepConfig, missing: list[State], parent: Parent, report: progress.Reporter, board: Board, tick: Tick) -> Found:
     """All cells that share model and texts in one job; jobs one after another, with all cores."""
-    places = at.places(config.model_copy(update={"max_parallel": 1}), missing)
+    places = jobs.places(config.model_copy(update={"max_parallel": 1}), missing)
     by_key, count = {}, 0
     for state in missing:
         by_key.setdefault(state.key, []).append(state)  # cells may differ in what screening does not look at, and share a result
     with _cells(config, places) as run:
-        jobs = {f"screening-{index}": job for index, job in enumerate(at.screening_jobs(config, missing, places.threads))}
-        for name, outcome in run(jobs):
-            cells = outcome["result"]["cells"] if outcome["result"] else {}
-            at.keep_screened(config, {key: found for key, found in cells.items() if found["error"] is None})
-            for waiting in [state for key in jobs[name]["cells"] for state in by_key.pop(key, [])]:
+        wanted = {f"screening-{index}": job for index, job in enumerate(jobs.screening_jobs(config, missing, places.threads))}
+        for name, outcome in run(wanted):
+            screened = outcome["result"]["cells"] if outcome["result"] else {}
+            cells.keep_screened(config, {key: found for key, found in screened.items() if found["error"] is None})
+            for waiting in [state for key in wanted[name]["cells"] for state in by_key.pop(key, [])]:
                 count += 1
-                found = cells.get(waiting.key)
+                found = screened.get(waiting.key)
                 error = found["error"] if found else outcome["error"]
                 state = replace(waiting, status="failed" if error else "done", error=error, record=None if error else found)
                 tick(count, f"{state.cell.name}: {_told(state)}")
@@ -248,7 +249,7 @@ def _register(states: list[State], found: dict[str, Any], parent: Parent, report
 def _told(state: State) -> str:
     if state.status != "done":
         return f"{state.status}: {state.error}"
-    found = at.row(state)
+    found = results.row(state)
     return f"perplexity {found['perplexity']:.3f}" + (f", KL {found['kl']:.5f}" if found["kl"] is not None else "")
 
 

@@ -17,16 +17,16 @@ from gptq_core.config import kernel_name
 from gptq_core.data.windows import Windows
 from gptq_core.errors import GPTQError
 from gptq_core.run.engine import Quantization
-from tasks import record as records
-from tasks.allocate import allocate
-from tasks.config import RunConfig
-from tasks.data import prepare_dataset
-from tasks.evaluate import Progress, evaluate, measure
-from tasks.gate import judge
-from tasks.measuring import measures_key
-from tasks.prepare import open_quantization, stored_allocation
-from tasks.quantize import Handle, assemble, capture_calibration, quantize_block
-from tasks.system import Sampler
+from tasks.config.run import RunConfig
+from tasks.evaluation.scores import measures_key
+from tasks.outcome import record as records
+from tasks.outcome.gate import judge
+from tasks.outcome.load import Sampler
+from tasks.request.checks import open_quantization, stored_allocation
+from tasks.steps.allocate import allocate
+from tasks.steps.evaluate import Progress, evaluate, measure
+from tasks.steps.prepare_dataset import prepare_dataset
+from tasks.steps.quantize import Handle, assemble, capture_calibration, quantize_block
 
 
 class Reporter(Protocol):

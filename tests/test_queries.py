@@ -6,9 +6,9 @@ import shutil
 import pytest
 from tracked import make_config, make_record, make_sweep
 
-from tasks import record as records
-from tasks.registry import promote_in_mlflow
-from tasks.tracking import log_sweep, log_to_mlflow
+from tasks.outcome import record as records
+from tasks.tracking.mlflow_runs import log_sweep, log_to_mlflow
+from tasks.tracking.registry import promote_in_mlflow
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from tasks import record as records
-from tasks.config import RunConfig, from_dict
-from tasks.gate import judge
+from tasks.config.run import RunConfig, from_dict
+from tasks.outcome import record as records
+from tasks.outcome.gate import judge
 
 DAY = 1_700_000_000_000
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tasks.figures import short_name
+from tasks.outcome.record import short_name
 from tasks.report.parts import Figure, Table
 from tasks.report.words import duration, known, number, percent, size, size_unit
 

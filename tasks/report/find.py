@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptq_core.errors import InputError
-from tasks import record as records
+from tasks.outcome import record as records
 
 RUN_ENDING, SWEEP = ".run.json", "sweep.json"
 

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from gptq_core.data.overlap import objection
-from tasks import record as records
-from tasks.gate import failed
+from tasks.outcome import record as records
+from tasks.outcome.gate import failed
 from tasks.report import figures
 from tasks.report.parts import Code, Items, Page, Part, Section, Table, Text, Tiles
 from tasks.report.words import NONE, count, duration, known, number, percent, size

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.choose import front
 from tasks.report import figures
 from tasks.report.parts import Code, Figure, Items, Page, Part, Section, Table, Text, Tiles
 from tasks.report.run import as_yaml
 from tasks.report.words import NONE, count, duration, known, number, percent, size
+from tasks.sweep.pareto import front
 
 LABELS = {"kl": "KL per token (nats)", "perplexity": "perplexity"}
 SCREENING = (

@@ -21,7 +21,7 @@ from rich.table import Table
 from gptq_core import QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.inference.evaluation import evaluate_pair, load_for_evaluation, pieces
-from tasks import record as records
+from tasks.outcome import record as records
 
 COPIES = 5
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from tasks.sweep import load_sweep, parse_axis
+from tasks.config.sweep import load_sweep, parse_axis
 
 
 def timed(*args: str) -> tuple[float, float]:

@@ -5,11 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from gptq_core.errors import FactorizationError
 from gptq_core.run.engine import Quantization
 from gptq_core.search import allocation
-from tasks import record as records
+from tasks.outcome import record as records
 
 BUDGET = "quantization.allocate={bits: [2, 3, 4, 8], budget_bpw: 3.5}"
 

@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
-from flows.cli import app
-from tasks import record as records
+from flows.cli.app import app
+from tasks.outcome import record as records
 
 pytestmark = pytest.mark.usefixtures("prefect_server", "one_thread")
 STRICT = ["gate.max_kl=0.05", "gate.register_as=tiny"]
@@ -167,7 +167,7 @@ def test_hooks_that_fail_cost_a_note(place, quantize):
 
 def test_a_webhook_hears_of_a_failed_gate(place, quantize, monkeypatch):
     heard = []
-    monkeypatch.setattr("tasks.notify._post", lambda url, text, seconds: heard.append((url, json.loads(text), seconds)))
+    monkeypatch.setattr("tasks.outcome.notify._post", lambda url, text, seconds: heard.append((url, json.loads(text), seconds)))
     fails(quantize(place / "w2", 2, *STRICT, "notify.webhook=http://127.0.0.1:9/x", "notify.when=[failed]", "notify.seconds=3"), place)
     [(url, told, seconds)] = heard
     assert url.endswith("/x") and seconds == 3 and told["events"] == ["done", "failed"] and told["gate"]["passed"] is False
@@ -189,7 +189,7 @@ def test_a_failed_gate_is_exit_1_even_where_prefect_went_away(place, quantize, m
     import httpx
 
     import flows.quantize
-    from tasks.gate import GateFailedError
+    from tasks.outcome.gate import GateFailedError
 
     right = flows.quantize.quantize
 

@@ -9,10 +9,10 @@ import torch
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-import tasks.evaluate
-from flows.cli import app
+import tasks.steps.evaluate
+from flows.cli.app import app
 from gptq_core.kernels.dispatch import implementation
-from tasks import record as records
+from tasks.outcome import record as records
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -154,7 +154,7 @@ def test_a_failing_evaluation_keeps_the_checkpoint_and_is_made_up_for(home, args
 
     args = [home / "kept" if arg == home / "out" else arg for arg in args]
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.evaluate.evaluate_pair", fails)
+        patch.setattr("tasks.steps.evaluate.evaluate_pair", fails)
         result = call(*args)
     assert result.exit_code == 1 and "is complete, but its evaluation failed (OSError: the disk is gone)" in result.stderr
     assert (home / "kept" / "manifest.jsonl").is_file() and records.read(home / "kept")["evaluation"] is None
@@ -168,14 +168,14 @@ def test_the_numbers_of_another_runner_are_not_its_own(home, args, monkeypatch):
     assert call(*args).exit_code == 0
     before, ours = files(home / "ran"), records.read(home / "ran")["evaluation"]
     assert ours["backend"] == "torch"
-    asked, right = [], tasks.evaluate.evaluate_pair
+    asked, right = [], tasks.steps.evaluate.evaluate_pair
 
     def by_torch(*given, backend, **rest):
         asked.append(backend)
         return right(*given, backend=None, **rest)
 
     monkeypatch.setattr("gptq_core.inference.backends.choose", lambda *_args: None)
-    monkeypatch.setattr("tasks.evaluate.evaluate_pair", by_torch)
+    monkeypatch.setattr("tasks.steps.evaluate.evaluate_pair", by_torch)
     result = call(*args, "--set", "quantization.backend=marlin")
     assert result.exit_code == 0 and "unchanged" in result.stderr, result.output
     assert asked == ["marlin"] and records.read(home / "ran")["evaluation"]["backend"] == "gptq_marlin"
@@ -260,10 +260,10 @@ def test_prefect_going_away_costs_only_its_own_record(home, args, monkeypatch):
 
 
 def test_a_flow_that_the_command_line_did_not_start_looks_first(args, home, monkeypatch):
-    import tasks.prepare
+    import tasks.request.capacity
     from flows.quantize import quantize
     from gptq_core.errors import InputError
-    from tasks.config import from_dict
+    from tasks.config.run import from_dict
 
     config = from_dict(
         {
@@ -272,7 +272,7 @@ def test_a_flow_that_the_command_line_did_not_start_looks_first(args, home, monk
             "output": {"dir": str(home / "never")},
         }
     )
-    monkeypatch.setattr(tasks.prepare, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(tasks.request.capacity, "available_memory", lambda: 1_000_000)
     with pytest.raises(InputError, match="memory: .* are free"):
         quantize(config)
     assert not (home / "never").exists() and not (home / "never.partial").exists()

@@ -8,8 +8,8 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from flows.cli import app
-from tasks import record as records
+from flows.cli.app import app
+from tasks.outcome import record as records
 
 # one thread here as in the cells: sums of another number of threads differ in their last digits
 pytestmark = pytest.mark.usefixtures("prefect_server", "one_thread")
@@ -165,9 +165,9 @@ def test_a_cell_that_was_lost_is_done_again_and_no_other(first, home, run_yaml):
 
 
 def test_cells_without_memory_or_time_are_reported_beside_one_that_has_both(home, run_yaml, monkeypatch):
-    import tasks.cells
+    import tasks.sweep.jobs
 
-    real = tasks.cells.jobs
+    real = tasks.sweep.jobs.jobs
 
     def jobs(*args):
         found = real(*args)
@@ -175,7 +175,7 @@ def test_cells_without_memory_or_time_are_reported_beside_one_that_has_both(home
         found["bits=3_group_size=32"]["kind"] = "nothing"  # a bug in the worker
         return found
 
-    monkeypatch.setattr(tasks.cells, "jobs", jobs)
+    monkeypatch.setattr(tasks.sweep.jobs, "jobs", jobs)
     result = call(
         run_yaml,
         "--grid",
@@ -272,14 +272,14 @@ def test_a_text_that_has_changed_asks_for_overwrite(home, run_yaml, tmp_path, co
 
 
 def test_the_text_is_read_once_and_the_original_run_once(home, run_yaml, monkeypatch):
-    import tasks.cells
-    import tasks.prepare
+    import tasks.request.texts
+    import tasks.sweep.jobs
 
     read, stored = [], []
-    split, jobs = tasks.prepare.split_windows, tasks.cells.jobs
-    monkeypatch.setattr(tasks.prepare, "split_windows", lambda *args: read.append(args) or split(*args))
-    monkeypatch.setattr(tasks.cells, "jobs", lambda *args: stored.append(args[-1]) or jobs(*args))
-    tasks.prepare._prepare.cache_clear()
+    split, jobs = tasks.request.texts.split_windows, tasks.sweep.jobs.jobs
+    monkeypatch.setattr(tasks.request.texts, "split_windows", lambda *args: read.append(args) or split(*args))
+    monkeypatch.setattr(tasks.sweep.jobs, "jobs", lambda *args: stored.append(args[-1]) or jobs(*args))
+    tasks.request.texts._prepare.cache_clear()
     result = call(run_yaml, "--grid", "bits=3,4,8", "--set", "quantization.group_size=64", "--out", home / "shared")
     assert result.exit_code == 0, result.output
     [file] = (home / "shared" / "shared").glob("original-*.npy")

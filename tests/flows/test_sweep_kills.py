@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import record as records
+from tasks.outcome import record as records
 
 pytestmark = [pytest.mark.kills, pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds its victims in /proc")]
 WAIT = 300
@@ -132,7 +132,7 @@ def all_done(found):
 def test_a_killed_worker_is_replaced_and_its_cell_goes_on(start):
     sweep = start()
     sweep.wait_for("block 1/4")
-    victims = sweep.children("tasks.worker")
+    victims = sweep.children("tasks.sweep.worker")
     os.kill(victims[0], signal.SIGKILL)
     assert all_done(sweep.end())
     assert any("SIGKILL" in line and "begun again" in line for line in sweep.lines)
@@ -141,7 +141,7 @@ def test_a_killed_worker_is_replaced_and_its_cell_goes_on(start):
 def test_after_a_killed_parent_no_worker_is_left_and_the_same_command_does_the_rest(start, tmp_path):
     sweep = start()
     sweep.wait_for("perplexity")
-    workers = sweep.children("tasks.worker")
+    workers = sweep.children("tasks.sweep.worker")
     sweep.process.kill()
     assert workers and gone(workers)
     before, finished = stamps(tmp_path / "s"), published(tmp_path / "s")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 
 pytest.importorskip("prefect_ray", reason="the extra [ray]")
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.services]

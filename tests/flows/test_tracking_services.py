@@ -14,12 +14,12 @@ from servers import TrackingServer
 from tracked import dump, make_config, make_record
 from typer.testing import CliRunner
 
-from flows.cli import app
-from tasks import outbox
-from tasks import record as records
-from tasks.config import from_dict
-from tasks.registry import promote_in_mlflow
-from tasks.tracking import log_sweep, log_to_mlflow
+from flows.cli.app import app
+from tasks.config.run import from_dict
+from tasks.outcome import record as records
+from tasks.tracking import outbox
+from tasks.tracking.mlflow_runs import log_sweep, log_to_mlflow
+from tasks.tracking.registry import promote_in_mlflow
 
 pytestmark = [pytest.mark.services, pytest.mark.usefixtures("prefect_server", "one_thread")]
 OVERHEAD = 30

@@ -270,8 +270,8 @@ def mean_bits(w: Written) -> float:
 
 
 def prepared_tokens(config: QuantizeConfig, model: Path, out: Path) -> torch.Tensor:
-    from tasks.config import from_dict
-    from tasks.prepare import prepare
+    from tasks.config.run import from_dict
+    from tasks.request.texts import prepare
 
     quantization = {"bits": config.bits, "dataset": config.dataset}
     request = {"model": {"path": str(model)}, "quantization": quantization, "calibration": {"seqlen": 16}, "evaluation": {"seqlen": 16}}

@@ -8,7 +8,7 @@ import yaml
 from report_records import EVIL, experts, measure, old_run, run, sweep
 
 from gptq_core.errors import InputError
-from tasks import record as records
+from tasks.outcome import record as records
 from tasks.report import compare, page
 from tasks.report import run as runs
 from tasks.report import sweep as sweeps

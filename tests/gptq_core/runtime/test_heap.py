@@ -16,7 +16,7 @@ from gptq_core.runtime import heap
 TOOLS = """
 import ctypes
 from pathlib import Path
-from gptq_core import heap
+from gptq_core.runtime import heap
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,0 +1,127 @@
+"""What `evaluate` is asked for, and finding its text and its original. No Prefect here: a wrong request waits for no server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptq_core.config import Backend
+from gptq_core.data.tokenizer import load_tokenizer, model_limits
+from gptq_core.data.windows import Windows, evaluation_windows
+from gptq_core.errors import InputError
+from gptq_core.inference.backends import for_checkpoint
+from gptq_core.model.architecture import choose_device
+from gptq_core.schema import Schema
+from tasks.config.run import Device, Judged, Positive, from_dict
+from tasks.outcome import record as records
+from tasks.request.texts import prepare
+
+DEFAULT_SEQLEN = 2048
+
+
+class EvaluationRequest(Schema):
+    checkpoint: str
+    """Folder of a quantized checkpoint."""
+    dataset: str | None = None
+    """Text file or named dataset; null: the evaluation text of the run that made the checkpoint."""
+    model: str | None = None
+    """The original, to compare with; null: the one of the run record, where there is one."""
+    seqlen: Judged | None = None
+    """Tokens in a window; null: as in the run, or 2048; cut to what the model allows. Only as in the run where the text is the tail."""
+    samples: Positive | None = None
+    """At most this many windows; null: as in the run, or all."""
+    device: Device = "auto"
+    """cpu, cuda or cuda:N; auto: cuda where there is one."""
+    backend: Backend = None
+    """Who runs the quantized linears, as quantization.backend; null: as in the run."""
+
+    @property
+    def name(self) -> str:
+        return Path(self.checkpoint).resolve().name
+
+
+def prepare_evaluation(request: EvaluationRequest) -> tuple[Windows, str | None, str | None]:
+    """The held-out windows, the path of the original and its revision; both None where no original is known."""
+    if not Path(request.checkpoint).is_dir():
+        raise InputError(f"checkpoint {request.checkpoint} is not a folder: give the folder that a quantize run wrote")
+    record = records.read(request.checkpoint)
+    settings = record["config"] if record else None
+    original, revision = request.model, None
+    if original is None and settings:
+        original, revision = _from_there(record, request.checkpoint, settings["model"]["path"]), settings["model"]["revision"]
+    if original is not None:
+        model_limits(original, revision)  # an original that went away is named now, not after the quantized half
+    if record and request.dataset is None:
+        return _windows_of_the_run(request, record), original, revision
+    if request.dataset is None:
+        raise InputError(
+            f"{request.checkpoint} has no run record ({records.record_path(request.checkpoint).name}) that names a text: "
+            "give one with --dataset FILE"
+        )
+    evaluation = settings["evaluation"] if settings else {}
+    seqlen = request.seqlen or evaluation.get("seqlen") or DEFAULT_SEQLEN
+    return _cut(request, request.dataset, seqlen, request.samples or evaluation.get("samples")), original, revision
+
+
+def runner(request: EvaluationRequest) -> str | None:
+    """The backend that is asked for, or the run's. InputError: the checkpoint or the device does not allow it."""
+    record = records.read(request.checkpoint)
+    backend = request.backend or (record["config"]["quantization"].get("backend") if record else None)
+    for_checkpoint(backend, request.checkpoint, choose_device(request.device))
+    return backend
+
+
+def _windows_of_the_run(request: EvaluationRequest, record: dict[str, Any]) -> Windows:
+    """The windows that the run kept; its text cut again where they are gone or do not do."""
+    settings, data = record["config"], record["evaluation_data"]
+    evaluation, tail = settings["evaluation"], settings["evaluation"]["dataset"] is None
+    if request.seqlen not in (None, data["seqlen"], evaluation["seqlen"]):
+        if tail:
+            # the tail may be one window: a longer one would reach into the text that calibrated
+            raise InputError(
+                f"--seqlen {request.seqlen}: the run kept the end of its calibration text apart in windows of "
+                f"{data['seqlen']}; for other windows give a text with --dataset FILE"
+            )
+        return _text_of_the_run(request, record, request.seqlen, request.samples or evaluation["samples"])
+    # it moves with the checkpoint, whatever the working directory of the run was
+    file = records.beside(request.checkpoint, ".work") / Path(data["file"]).name
+    more = evaluation["samples"] is not None and request.samples is not None and request.samples > data["windows"]
+    if file.is_file() and not more:
+        return Windows.load(file).thinned(request.samples)
+    windows = _text_of_the_run(request, record, evaluation["seqlen"], evaluation["samples"])
+    if tail and windows.digest != data["digest"]:
+        raise InputError(
+            f"{data['source']}: the text is no longer the one that the run read, so its end may hold what was calibrated on; "
+            "give a text with --dataset FILE"
+        )
+    return _text_of_the_run(request, record, evaluation["seqlen"], request.samples) if more else windows.thinned(request.samples)
+
+
+def _text_of_the_run(request: EvaluationRequest, record: dict[str, Any], seqlen: int, samples: int | None) -> Windows:
+    settings = record["config"]
+
+    def found(text: Any) -> Any:
+        return _from_there(record, request.checkpoint, text) if isinstance(text, str) else text
+
+    if settings["evaluation"]["dataset"] is not None:
+        return _cut(request, found(settings["evaluation"]["dataset"]), seqlen, samples)
+    overrides = {
+        "evaluation.seqlen": seqlen,
+        "evaluation.samples": samples,
+        "model.path": found(settings["model"]["path"]),
+        "quantization.dataset": found(settings["quantization"]["dataset"]),
+    }
+    return prepare(from_dict(settings, overrides)).evaluation
+
+
+def _cut(request: EvaluationRequest, dataset: Any, seqlen: int, samples: int | None) -> Windows:
+    return evaluation_windows(dataset, load_tokenizer(request.checkpoint), min(seqlen, model_limits(request.checkpoint)), samples)
+
+
+def _from_there(record: dict[str, Any], checkpoint: str, path: str) -> str:
+    """A relative path of the run's config, found from the run's working directory where it is not found from this one."""
+    out, here = Path(record["out"]), Path(checkpoint).resolve()
+    if Path(path).expanduser().exists() or here.parts[-len(out.parts) :] != out.parts:
+        return path
+    there = Path(*here.parts[: -len(out.parts)], path)
+    return str(there) if there.exists() else path

@@ -1,0 +1,1 @@
+"""Servers and schedules: pages, deployments, and runs whose process died."""

@@ -1,0 +1,1 @@
+"""What a run and a sweep are asked for, as frozen schemas."""

@@ -1,0 +1,1 @@
+"""Measures of a checkpoint beside its original, and what the difference is worth."""

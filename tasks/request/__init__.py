@@ -1,0 +1,1 @@
+"""A request: checked, and opened, before anything is computed."""

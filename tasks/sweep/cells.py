@@ -1,0 +1,152 @@
+"""The cells of a sweep between config and result: what is done, what they share, and the jobs that are missing.
+
+Shared by content key are the token windows, the digests of the model's shards and the original's log-probabilities. The first block's
+inputs are not stored for exact cells: making them is one per cent of a cell's time (0.04 s of 4.4 s on the embedded model), and a
+file of them would be read for as long. In a screening they are made once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gptq_core.checkpoint.writer import replace_file
+from gptq_core.errors import GPTQError, InputError, OutputHeldError
+from gptq_core.run import engine
+from tasks.config.run import RunConfig
+from tasks.config.sweep import Cell, SweepConfig
+from tasks.evaluation.scores import check_measures
+from tasks.outcome import record as records
+from tasks.outcome.gate import judge
+from tasks.request.capacity import fits
+from tasks.request.checks import open_quantization
+from tasks.request.texts import prepare
+from tasks.run import evaluated
+from tasks.sweep.workers import Outcome
+
+
+@dataclass(frozen=True)
+class State:
+    """A cell as it stands: done (record), missing, or invalid or held (error)."""
+
+    cell: Cell
+    status: str
+    error: str | None = None
+    record: dict[str, Any] | None = None
+    """A run record; of a screened cell its figures."""
+    key: str | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        assert self.cell.config is not None
+        return self.cell.config
+
+
+# -- what is done ---------------------------------------------------------------------------------------------------------
+
+
+def examine(config: SweepConfig) -> list[State]:
+    """Every cell: is it valid, and is it done. Reads the texts once for all that share them; computes nothing."""
+    screened = _screened(config) if config.mode == "screening" else {}
+    return [examine_cell(cell) if config.mode == "exact" else _examine_screening(cell, screened) for cell in config.expanded()]
+
+
+def examine_cell(cell: Cell) -> State:
+    """A cell of an exact sweep, looked at on disk."""
+    if cell.config is None:
+        return State(cell, "invalid", cell.error)
+    try:
+        prepared = prepare(cell.config)
+        with open_quantization(cell.config, prepared.calibration) as job:
+            key, finished = job.key, job.finished
+        if not finished:
+            fits(cell.config)
+            check_measures(cell.config, prepared.calibration)
+        record = records.read(cell.config.out)
+    except OutputHeldError as error:
+        return State(cell, "held", str(error))
+    except InputError as error:
+        return State(cell, "invalid", str(error))
+    except (GPTQError, OSError, ValueError) as error:  # a damaged manifest or record, a folder that cannot be read
+        return State(cell, "failed", f"{cell.config.out}: {type(error).__name__}: {error}")
+    if finished and record and record.get("key") == key and evaluated(record, cell.config, prepared.evaluation.digest):
+        return State(cell, "done", record=record | {"gate": judge(cell.config.gate, record) if cell.config.gate else None}, key=key)
+    return State(cell, "missing", key=key)
+
+
+def _examine_screening(cell: Cell, screened: dict[str, Any]) -> State:
+    if cell.config is None:
+        return State(cell, "invalid", cell.error)
+    try:
+        prepared, model = prepare(cell.config), cell.config.model
+        if cell.config.quantization.allocate:
+            raise InputError("quantization.allocate: widths are chosen for a run of its own; set mode: exact")
+        key = engine.key(
+            model.path, cell.config.quantization, prepared.calibration, device=model.device, dtype=model.dtype, revision=model.revision
+        )
+    except InputError as error:
+        return State(cell, "invalid", str(error))
+    key = hashlib.sha256(f"{key} {prepared.evaluation.digest}".encode()).hexdigest()
+    return State(cell, "done", record=screened[key], key=key) if key in screened else State(cell, "missing", key=key)
+
+
+def _screened(config: SweepConfig) -> dict[str, Any]:
+    return _read(config.folder / "screening.json", "its cells are screened again")
+
+
+@contextmanager
+def alone(config: SweepConfig) -> Iterator[None]:
+    """Hold the sweep's folder. OutputHeldError: another process sweeps there."""
+    path = config.folder / "shared" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputHeldError(f"dir = {str(config.folder)!r} is held by another sweep; wait for it or choose another folder") from error
+        for draft in path.parent.glob(".*-original-*.npy"):  # of a sweep that was killed
+            draft.unlink()
+        yield
+
+
+def keep_screened(config: SweepConfig, found: dict[str, dict[str, Any]]) -> None:
+    """Add figures by content key to those that the folder holds."""
+    _write(config.folder / "screening.json", _screened(config) | found)
+
+
+# -- what is missing ------------------------------------------------------------------------------------------------------
+
+
+# -- what came out --------------------------------------------------------------------------------------------------------
+
+
+def after(state: State, outcome: Outcome) -> State:
+    """A cell after its job: what lies on disk decides, and the outcome tells why nothing does."""
+    found = examine_cell(state.cell) if outcome["status"] != "held" else state
+    if found.status == "done":
+        return found
+    status = outcome["status"] if outcome["status"] != "done" else "failed"
+    record = records.read(state.config.out) or {}
+    error = outcome["error"] or record.get("evaluation_error") or "ended without a result"
+    return replace(found, status=status, error=error)
+
+
+def _read(path: Path, without: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}): remove it; {without}") from error
+
+
+def _write(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    return path

@@ -1,0 +1,174 @@
+"""Workers and who leases them: cells run beside each other, each in a process that may die without taking anything with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.sweep.worker import Job
+
+Outcome = dict[str, Any]
+"""{"status": done | failed | invalid | held | memory | time | ended, "error": line or None, "attempts": n, "seconds": s, "result": ...}."""
+INHERITED = "inherited"
+"""A device that the surroundings have chosen already, as Ray does by CUDA_VISIBLE_DEVICES."""
+AGAIN = ("died",)
+"""Ends of an attempt after which another one may go better: not what the engine refuses, nor a limit."""
+
+
+class Worker:
+    """A process of tasks.sweep.worker on one device. Started with its first job, and again after a job that failed."""
+
+    def __init__(self, device: str, log: Path, threads: int = 1, folder: str | None = None) -> None:
+        """folder: the working directory, to which the paths of jobs are relative; None: that of this process."""
+        self.device, self.log, self.threads, self.folder = device, log, threads, folder
+        self._process: subprocess.Popen[str] | None = None
+        self._retired = False
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+
+    def run(self, job: Job, minutes: float | None, note: Callable[[str], None]) -> tuple[str, Any]:
+        """("done", result), or (how it ended, one line). The process is gone after anything but "done"."""
+        until = None if minutes is None else time.monotonic() + 60 * minutes
+        try:
+            if self._retired:
+                return "ended", "the sweep ended before"
+            if self._process is None:
+                self._start()
+            if self._retired:  # while it was started
+                self.close()
+                return "ended", "the sweep ended before"
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            status, found = self._wait(until, note)
+        except BrokenPipeError:
+            status, found = "died", None
+        except BaseException:  # an interrupt or a cancelled task: the cell ends with the one who asked for it
+            self.close()
+            raise
+        if status == "died":
+            status, found = ("ended", "the sweep ended before") if self._retired else ("died", self._last_words())
+        elif status == "time":
+            found = f"took longer than limits.minutes = {minutes:g}"
+        if status != "done":
+            self.close()
+        return status, found
+
+    def close(self) -> None:
+        """End the process; what it has committed stays."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+    def retire(self) -> None:
+        """End the process for good: a job that is under way ends as "ended", from whatever thread it is waited for."""
+        self._retired = True
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def _start(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        # a worker sees its device alone; a thread of OpenMP that waits would spin on the core of another worker
+        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+        environ = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+        if self.device != INHERITED:
+            environ["CUDA_VISIBLE_DEVICES"] = "" if self.device == "cpu" else self.device
+        with self.log.open("a") as log:
+            self._begin = log.tell()
+            # a session of its own: Ctrl-C at the terminal is for the parent, which tells it
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tasks.sweep.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environ,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self._events = queue.Queue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._events), daemon=True).start()
+
+    def _wait(self, until: float | None, note: Callable[[str], None]) -> tuple[str, Any]:
+        while True:
+            try:
+                event = self._events.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                return "time", None
+            if event is None:
+                return "died", None
+            if event["event"] == "done":
+                return "done", event["result"]
+            if event["event"] == "failed":
+                return event["kind"], event["text"]
+            if event["event"] == "progress":
+                note(event["text"])
+
+    def _last_words(self) -> str:
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:  # it said something that is no event, and lives
+            self._process.kill()
+            code = self._process.wait()
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        if code < 0:
+            how = f"its process was ended by {signal.Signals(-code).name}"
+            return how + (" (out of memory, if the system did it)" if code == -signal.SIGKILL else "")
+        return f"its process ended with code {code}: {' '.join(lines[-1].split())[:300] if lines else 'no message'} (see {self.log})"
+
+
+def _read(stream: Any, events: queue.Queue[dict[str, Any] | None]) -> None:
+    with contextlib.suppress(ValueError):  # a line cut short by a kill
+        for line in stream:
+            events.put(json.loads(line))
+    events.put(None)
+
+
+class Leases:
+    """The workers of a sweep; a cell takes one and gives it back."""
+
+    def __init__(self, devices: list[str], per_device: int, threads: int, logs: Path) -> None:
+        self.workers = [Worker(device, logs / f"worker-{device}-{slot}.log", threads) for slot in range(per_device) for device in devices]
+        self._free: queue.Queue[Worker] = queue.Queue()
+        for worker in self.workers:
+            self._free.put(worker)
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Worker]:
+        worker = self._free.get()
+        try:
+            yield worker
+        finally:
+            self._free.put(worker)
+
+    def retire(self) -> None:
+        for worker in self.workers:
+            worker.retire()
+
+
+def supervise(worker: Worker, job: Job, limits: dict[str, Any], note: Callable[[str], None]) -> Outcome:
+    """Run a job to its end, begun again at most limits["retries"] times where its process died."""
+    started, attempts = time.perf_counter(), 0
+    while True:
+        attempts += 1
+        status, found = worker.run(job, limits["minutes"], note)
+        if status not in AGAIN or attempts > limits["retries"]:
+            break
+        note(f"{found}; begun again")
+    outcome = {"status": "failed" if status == "died" else status, "error": None, "attempts": attempts, "result": None}
+    outcome["result" if status == "done" else "error"] = found
+    return outcome | {"seconds": time.perf_counter() - started}

@@ -1,0 +1,69 @@
+"""What `serve` reads and refuses, and how a dead run is told from a live one. What it runs: test_schedules.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from flows.serving import dead_runs
+from flows.serving.deployments import read
+
+
+def call(*args):
+    return CliRunner().invoke(app, ["serve", *map(str, args)])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "prefect.yaml cannot be read: No such file or directory; start it in the checkout, or give --file"),
+        ("deployments: [", "is not valid YAML"),
+        ("deployments: []", "deployments = []: list should have at least 1 item"),
+        ("deployments: [{name: a}]", "entrypoint is required"),
+        ("deployments: [{name: a, entrypoint: b.c, schedules: [{cron: '0 2 * * *'}]}]", "timezone is required"),
+        (
+            "deployments: [{name: a, entrypoint: b.c, concurrency_limit: {limit: 1, collision_strategy: WAIT}}]",
+            "collision_strategy = 'WAIT'",
+        ),
+        ("deployments: [{name: b, entrypoint: b.c}]", "--name a: prefect.yaml has no such deployment; it has b"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_exit_2(tmp_path, monkeypatch, text, said):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "prefect.yaml").write_text(text)
+    result = call("--name", "a")
+    assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.output
+
+
+def test_without_a_server_it_says_how_to_start_one(request, monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        result = call("--file", request.config.rootpath / "prefect.yaml")
+    assert result.exit_code == 2 and "`prefect server start`, then `prefect config set PREFECT_API_URL=" in result.stderr
+
+
+def test_names_choose(request):
+    file = request.config.rootpath / "prefect.yaml"
+    assert [row.name for row in read(file)] == ["nightly-quantize", "weekly-sweep"]
+    assert [row.name for row in read(file, ["weekly-sweep"])] == ["weekly-sweep"]
+    assert read(file)[0].schedules[0].timezone == "UTC" and read(file)[0].concurrency_limit.collision_strategy == "CANCEL_NEW"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="only where there is /proc")
+def test_a_process_is_dead_only_where_this_machine_can_know_it():
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    here, theirs = dead_runs.labels(os.getpid()), dead_runs.labels(sleeper.pid)
+    assert not dead_runs.is_dead(theirs, here)
+    assert dead_runs.is_dead(theirs | {dead_runs.PROCESS: f"{sleeper.pid} 1"}, here), "another process with this number"
+    sleeper.kill()
+    sleeper.wait()
+    assert dead_runs.is_dead(theirs, here)
+    assert not dead_runs.is_dead(theirs | {dead_runs.SPACE: "pid:[1]"}, here), "of another container"
+    assert not dead_runs.is_dead(theirs | {dead_runs.MACHINE: "another"}, here) and not dead_runs.is_dead({}, here)
+    assert dead_runs.is_dead(dead_runs.labels(os.getpid()) | {dead_runs.BOOT: "an earlier one"}, here)

@@ -1,0 +1,102 @@
+"""Which windows `evaluate` judges. The original stands in for its checkpoint: only texts are looked at here."""
+
+import shutil
+
+import pytest
+from pydantic import ValidationError
+
+from flows.evaluation_request import EvaluationRequest, prepare_evaluation, runner
+from gptq_core.errors import InputError
+from tasks.config.run import from_dict
+from tasks.outcome import record as records
+from tasks.request.texts import prepare
+from tasks.steps.prepare_dataset import save
+
+
+@pytest.fixture
+def run(tiny_llama, corpus, tmp_path, monkeypatch):
+    """A run that was made with relative paths from `there`, and this process somewhere else."""
+
+    def make(**evaluation):
+        there = tmp_path / "there"
+        there.mkdir()
+        monkeypatch.chdir(there)
+        (there / "model").symlink_to(tiny_llama)
+        shutil.copy(corpus, there / "text.txt")
+        config = from_dict(
+            {
+                "model": {"path": "model"},
+                "quantization": {"bits": 4, "dataset": "text.txt"},
+                "evaluation": evaluation,
+                "calibration": {"samples": 4, "seqlen": 16},
+                "output": {"dir": "runs/out"},
+            }
+        )
+        shutil.copytree(tiny_llama, config.out)
+        prepared = prepare(config)
+        data = save(prepared.evaluation, records.beside(config.out, ".work"), "evaluation")
+        records.write(config.out, records.new(config, "k" * 64) | {"evaluation_data": data})
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        monkeypatch.chdir(elsewhere)
+        return there / "runs" / "out", data, there
+
+    return make
+
+
+def windows(out, **asked):
+    return prepare_evaluation(EvaluationRequest(checkpoint=str(out), **asked))[0]
+
+
+def test_the_windows_of_the_run_are_judged_again_from_anywhere(run, monkeypatch):
+    out, data, there = run(seqlen=64)
+    found, original, revision = prepare_evaluation(EvaluationRequest(checkpoint=str(out)))
+    assert found.digest == data["digest"] and original == str(there / "model") and revision is None
+    (there / "text.txt").write_text("another text")
+    assert windows(out).digest == data["digest"], "the file of the run is read, not the text"
+    assert windows(out, seqlen=64).digest == data["digest"]
+    assert windows(out, samples=1).count == 1
+
+
+def test_without_the_file_the_same_tail_is_cut_or_none(run):
+    out, data, there = run(seqlen=64)
+    shutil.rmtree(records.beside(out, ".work"))
+    assert windows(out).digest == data["digest"]
+    text = (there / "text.txt").read_text()
+    (there / "text.txt").write_text(text + text[:5000])
+    with pytest.raises(InputError, match="no longer the one .*--dataset"):
+        windows(out)
+
+
+def test_more_windows_than_the_run_judged_are_of_the_same_tail(run):
+    out, data, _ = run(seqlen=16, samples=2)
+    assert data["windows"] == 2 and windows(out, samples=3).count == 3 and windows(out, samples=1).count == 1
+
+
+def test_a_longer_tail_is_refused(run, corpus):
+    out, _, _ = run(seqlen=32)
+    for seqlen in (16, 64):
+        with pytest.raises(InputError, match=rf"--seqlen {seqlen}: .* windows of 32; .*--dataset FILE"):
+            windows(out, seqlen=seqlen)
+    assert windows(out, seqlen=64, dataset=str(corpus)).seqlen == 64
+
+
+def test_a_text_of_its_own_takes_any_window(run, corpus):
+    out, data, _ = run(seqlen=32, dataset="text.txt")
+    assert windows(out).digest == data["digest"]
+    assert windows(out, seqlen=64).seqlen == 64
+
+
+def test_the_runner_is_the_one_asked_for_or_the_runs(run, monkeypatch):
+    out, _, _ = run()
+    asked = []
+    monkeypatch.setattr("flows.evaluation_request.for_checkpoint", lambda backend, *_rest: asked.append(backend))
+    assert runner(EvaluationRequest(checkpoint=str(out))) is None
+    record = records.read(out)
+    record["config"]["quantization"]["backend"] = "gptq_marlin"
+    records.write(out, record)
+    assert runner(EvaluationRequest(checkpoint=str(out))) == "gptq_marlin"
+    assert runner(EvaluationRequest(checkpoint=str(out), backend="torch")) == "torch"
+    assert asked == [None, "gptq_marlin", "torch"]
+    with pytest.raises(ValidationError, match="did you mean 'gptq_marlin'"):
+        EvaluationRequest(checkpoint=str(out), backend="marlyn")
