@@ -35,7 +35,7 @@ def machine(monkeypatch):
     def having(free):
         monkeypatch.setattr(jobs, "cores", lambda: 8)
         monkeypatch.setattr(jobs, "_free", lambda devices: free * GB)
-        monkeypatch.setattr(jobs, "fits", lambda config: ())
+        monkeypatch.setattr(cells, "fits", lambda config: ())
         monkeypatch.setattr(
             jobs, "foresee", lambda config: SimpleNamespace(estimate=SimpleNamespace(host_bytes=3 * GB, device_bytes=3 * GB))
         )
