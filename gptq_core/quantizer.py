@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from gptq_core.checkpoint.format import LEAVES, layout, quantization_config, read_quantization_config
+from gptq_core.checkpoint.format import LEAVES, layout, quantization_config, read_quantization_config, with_meta
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.config import RECIPES, QuantizeConfig
 from gptq_core.data.tokenizer import window_limit
@@ -143,7 +143,7 @@ class GPTQQuantizer:
 
     def to_dict(self) -> dict[str, Any]:
         """The dict of both JSON files, the backend, and the dataset where it is a name."""
-        found = _with_meta(quantization_config(self.config), self.meta)
+        found = with_meta(quantization_config(self.config), self.meta)
         found["modules_in_block_to_quantize"] = self.config.modules_in_block_to_quantize
         return found | {"backend": self.config.backend, "dataset": self.dataset if isinstance(self.dataset, str) else None}
 
@@ -199,8 +199,7 @@ class GPTQQuantizer:
         model.save_pretrained(source)
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(source)
-        with _Described.open(str(source), self.config, windows, out, device=str(model.device)) as run:
-            run.meta = self.meta
+        with Quantization.open(str(source), self.config, windows, out, device=str(model.device), meta=self.meta) as run:
             kernel = run.kernel(model.dtype)
             for index in range(run.block_count):
                 run.quantize_block(index)
@@ -292,19 +291,6 @@ def load_quantized_model(
     return load_quantized(save_folder, device=device_map, backend=backend)
 
 
-class _Described(Quantization):
-    """The engine, with Optimum's `meta` in both JSON files."""
-
-    meta: dict[str, Any] | None = None
-
-    def _write_configs(self) -> None:
-        super()._write_configs()
-        for name, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
-            written = json.loads((self.output.partial / name).read_text())
-            changed = _with_meta(written[key] if key else written, self.meta)
-            self.output.write_text(name, json.dumps(written | {key: changed} if key else changed, indent=2) + "\n")
-
-
 def _config(fields: dict[str, Any]) -> QuantizeConfig:
     try:
         return QuantizeConfig(**fields)
@@ -321,12 +307,6 @@ def _plain(meta: Any) -> dict[str, Any] | None:
     if not isinstance(found, dict | None):
         raise InputError(f"meta = {_short(meta)}: must be a dict, such as {{'quantizer': ['name:version']}}")
     return found
-
-
-def _with_meta(quantization: dict[str, Any], meta: dict[str, Any] | None) -> dict[str, Any]:
-    """The dict with the user's `meta` over what is written there by itself; the recipe is that of the work."""
-    there = quantization["meta"]
-    return quantization | {"meta": there | (meta or {}) | {"recipe": there["recipe"]}}
 
 
 def _said_by_modules(config_dict: dict[str, Any]) -> bool:

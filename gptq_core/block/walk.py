@@ -38,7 +38,7 @@ class InputGroup:
     in_features: int
 
 
-Solve = Callable[[InputGroup, Hessian, Shift | None], None]
+SolveGroup = Callable[[InputGroup, Hessian, Shift | None], None]
 
 
 def _called_again(name: str) -> UnsupportedModelError:
@@ -87,7 +87,7 @@ def walk(
     groups: list[InputGroup],
     hidden_states: list[Tensor],
     calls: dict[int, Call],
-    solve: Solve,
+    solve: SolveGroup,
     true_sequential: bool,
     original: Original | None = None,
     timed: Stages | None = None,

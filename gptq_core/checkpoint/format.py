@@ -74,6 +74,12 @@ def quantization_config(
     return found
 
 
+def with_meta(quantization: dict[str, Any], meta: dict[str, Any] | None) -> dict[str, Any]:
+    """The dict with a user's `meta` over the entries that are written by themselves; the recipe is that of the work."""
+    own = quantization["meta"]
+    return quantization | {"meta": own | (meta or {}) | {"recipe": own["recipe"]}}
+
+
 def read_quantization_config(folder: Path) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint, from either file. Raises InputError when it is not a GPTQ checkpoint."""
     path = folder / "config.json"

@@ -70,10 +70,16 @@ def write_index(output: OutputFolder) -> int:
     return size
 
 
-def write_configs(output: OutputFolder, source: Path, decoder: Decoder, config: QuantizeConfig, selection: Selection) -> None:
-    """config.json and quantize_config.json, and what is carried over from the source as it is: tokenizer, generation settings."""
+def write_configs(
+    output: OutputFolder, source: Path, decoder: Decoder, config: QuantizeConfig, selection: Selection, meta: dict[str, Any] | None = None
+) -> None:
+    """config.json and quantize_config.json, and what is carried over from the source as it is: tokenizer, generation settings.
+
+    meta: entries for `meta` in both. They take precedence, except for the recipe, which is that of the work.
+    """
     found = json.loads((source / "config.json").read_text())
     quantization = format.quantization_config(config, selection.modules, selection.rules)
+    quantization = format.with_meta(quantization, meta)
     found.pop("_name_or_path", None)
     found.setdefault("architectures", [type(decoder.model).__name__])
     output.write_text("config.json", _json(found | {"quantization_config": quantization}))

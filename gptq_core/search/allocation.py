@@ -3,7 +3,7 @@
     allocation = allocate(model, config, windows)          # config.allocate: {bits: [2, 3, 4, 8], budget_bpw: 3.5}
     Quantization.open(model, allocation.apply(config), windows, out)
 
-1. Screening. The original model's activations pass through the blocks once. Every unit, a linear or the fused ones of FUSED
+1. Loss. The original model's activations pass through the blocks once. Every unit, a linear or the fused ones of FUSED
    together, is solved at every width on their Hessian by the config's own recipe, without shifted targets and tuning; its loss is
    Σ (w - q)(H + λI)(w - q)ᵀ. One factor serves all widths.
 2. Effect. Beside the original stream run others, in each of which one unit alone is quantized, at one of the two smallest widths.
@@ -29,23 +29,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptq_core.block.stream import OriginalStream, quantized
+from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids, quantized
 from gptq_core.checkpoint.format import FUSED
 from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.errors import FactorizationError, InputError
+from gptq_core.inference.evaluation import log_probabilities
 from gptq_core.method import solver
 from gptq_core.method.factor import factorize
 from gptq_core.method.hessian import Hessian
-from gptq_core.model import capture
-from gptq_core.model.selection import Selection, bits_on_disk, units_of
+from gptq_core.model.architecture import head_name
+from gptq_core.model.selection import Selection, bits_on_disk, select, units_of
 from gptq_core.work_sizes import PROBE_TOKENS, PROBED_WIDTHS
 
 LARGEST_FRONT = 50_000
 """Partial choices kept in the knapsack: as long as they are not more, its result is exact."""
 
 Progress = Callable[[int, int], None]
-Screened = dict[str, tuple[dict[int, float], dict[int, float]]]
+UnitCosts = dict[str, tuple[dict[int, float], dict[int, float]]]
 """Name of a unit to its losses and its KL, each by width."""
 
 
@@ -116,9 +117,12 @@ def allocate(
 ) -> Allocation:
     """Choose widths as `config.allocate` says. Raises InputError as Quantization.open does, and for a budget out of range."""
     plain = config.model_copy(update={"allocate": None, "target_shift": 0.0, "residual_shift": 0.0, "tuning_steps": 0})
-    with Screening.look(model_path, plain, windows, revision=revision, dtype=dtype, device=device) as run:
-        budget_of(config, run.selection)
-        return choose(config, run.selection, run.screen(config.allocate.bits, progress or (lambda done, total: None)))
+    with BlockStream.open(model_path, dtype=dtype, device=device, revision=revision) as stream:
+        check_token_ids(windows, stream.decoder.model.config, "calibration")
+        selected = select(stream.source, stream.decoder, plain)
+        budget_of(config, selected)
+        probes = UnitProbes(stream, selected, config.allocate.bits)
+        return choose(config, selected, probes.measure(windows, progress or (lambda done, total: None)))
 
 
 def presumed(config: QuantizeConfig, selection: Selection) -> Allocation:
@@ -163,19 +167,19 @@ def budget_of(config: QuantizeConfig, selection: Selection) -> int:
 # -- the choice -----------------------------------------------------------------------------------------------------------
 
 
-def choose(config: QuantizeConfig, selection: Selection, screened: Screened) -> Allocation:
+def choose(config: QuantizeConfig, selection: Selection, costs: UnitCosts) -> Allocation:
     """The widths of the least total KL within the budget."""
     members, widths = units_of(selection), config.allocate.bits
-    costs = [[screened[name][1][bits] for bits in widths] for name in members]
+    divergences = [[costs[name][1][bits] for bits in widths] for name in members]
     sizes = [_sizes(config, selection, names) for names in members.values()]
-    picks = knapsack(costs, sizes, budget_of(config, selection))
+    picks = knapsack(divergences, sizes, budget_of(config, selection))
     units = tuple(
-        Unit(name, tuple(names), weights_of(selection, names), *screened[name], widths[pick])
+        Unit(name, tuple(names), weights_of(selection, names), *costs[name], widths[pick])
         for (name, names), pick in zip(members.items(), picks, strict=True)
     )
     return Allocation(
         units,
-        sum(cost[pick] for cost, pick in zip(costs, picks, strict=True)),
+        sum(kl[pick] for kl, pick in zip(divergences, picks, strict=True)),
         sum(unit.bits * unit.weights for unit in units) / sum(unit.weights for unit in units),
         _rules([unit for unit in units if unit.bits != config.bits], selection.prefix),
     )
@@ -232,19 +236,23 @@ Probe = dict[nn.Linear, Tensor]
 """The linears of a unit and their dequantized weights at one width."""
 
 
-class Screening(OriginalStream):
+class UnitProbes:
     """The original stream through all blocks, and beside it others, in each of which one unit alone is quantized."""
 
-    def screen(self, widths: list[int], progress: Progress) -> Screened:
-        self.capture()
-        self._widths, self._losses = widths, {}
-        self._streams: dict[tuple[str, int], Tensor] = {}  # by unit and width: the last hidden states of the probed windows
-        self._count = min(max(1, PROBE_TOKENS // self.windows.seqlen), self._batches[0].shape[0])
-        self._unit_of = {member: unit for unit, members in units_of(self.selection).items() for member in members}
-        for index in range(self.block_count):
-            self._screen_block(index)
-            progress(index + 1, self.block_count)
-        measured = self._divergences(self._screen_head())
+    def __init__(self, stream: BlockStream, selected: Selection, widths: list[int]) -> None:
+        self._stream, self._selection, self._widths = stream, selected, widths
+        self._unit_of = {member: unit for unit, members in units_of(selected).items() for member in members}
+        self._losses: dict[str, dict[int, float]] = {}
+        self._variants: dict[tuple[str, int], Tensor] = {}  # by unit and width: hidden states of the probed windows
+
+    def measure(self, windows: Windows, progress: Progress) -> UnitCosts:
+        """Losses and KL of every unit at every width."""
+        [states] = self._stream.enter(windows)
+        count = min(max(1, PROBE_TOKENS // windows.seqlen), states.batches[0].shape[0])
+        for index in range(self._stream.block_count):
+            self._pass(index, states, count)
+            progress(index + 1, self._stream.block_count)
+        measured = self._divergences(states, count)
         return {unit: (losses, self._costs(unit, losses, measured)) for unit, losses in self._losses.items()}
 
     def _costs(self, unit: str, losses: dict[int, float], measured: dict[tuple[str, int], float]) -> dict[int, float]:
@@ -253,22 +261,24 @@ class Screening(OriginalStream):
         rate = measured[unit, probed[-1]] / losses[probed[-1]] if losses[probed[-1]] else 0.0
         return {bits: measured.get((unit, bits), rate * losses[bits]) for bits in self._widths}
 
-    def _screen_block(self, index: int) -> None:
+    def _pass(self, index: int, states: HiddenStates, count: int) -> None:
+        """Take all variants past a block; those of its own units begin there."""
         probes: dict[tuple[str, int], Probe] = {}
 
         def solve(modules: dict[str, nn.Linear], hessian: Hessian) -> None:
             probes.update(self._solve(modules, hessian))
 
-        entering, call = self._hidden[0][: self._count], self._call(index).cut(self._count)
-        with self._passed(index, self.selection.in_block(index), solve) as block, torch.no_grad():
-            self._streams = {probe: call(block, hidden) for probe, hidden in self._streams.items()}
+        entering, call = states.states[0][:count], states.call(index).cut(count)
+        names = self._selection.in_block(index)
+        with self._stream.pass_original(index, states, names, solve) as block, torch.no_grad():
+            self._variants = {probe: call(block, hidden) for probe, hidden in self._variants.items()}
             for probe, weights in probes.items():
                 with quantized(weights):
-                    self._streams[probe] = call(block, entering)
+                    self._variants[probe] = call(block, entering)
 
     def _solve(self, modules: dict[str, nn.Linear], hessian: Hessian) -> dict[tuple[str, int], Probe]:
         """Note the losses of the units of an input group; their weights at the smallest widths."""
-        mean, config = hessian.mean(), self.selection.layers[next(iter(modules))].config
+        mean, config = hessian.mean(), self._selection.layers[next(iter(modules))].config
         try:
             factor = factorize(mean, config, " + ".join(modules), hessian.tokens)
         except FactorizationError:
@@ -285,35 +295,29 @@ class Screening(OriginalStream):
                 solution = solver.solve(weight, factor, narrow) if factor else solver.round_to_nearest(weight, narrow)
                 self._losses[unit][bits] = float(solution.loss.double().sum())
                 if bits in self._widths[:PROBED_WIDTHS]:
-                    parts = solution.weight(self.dtype).split([linear.out_features for linear in linears])
+                    parts = solution.weight(self._stream.dtype).split([linear.out_features for linear in linears])
                     found[unit, bits] = dict(zip(linears, parts, strict=True))
         return found
 
-    def _screen_head(self) -> dict[tuple[str, int], Probe]:
-        """Fill what is not in a block, and screen the head where it takes part."""
-        self._fill_outside()
-        if not self._head:
-            return {}
-        head = self.decoder.model.get_output_embeddings()
-        return self._solve({self._head: head}, self._head_hessian(head))
-
-    def _divergences(self, head: dict[tuple[str, int], Probe]) -> dict[tuple[str, int], float]:
-        """KL(original || stream) a token of every stream, and of the original one with the head quantized."""
-        total = dict.fromkeys((*self._streams, *head), 0.0)
-        for window in range(self._count):
-            here = slice(window, window + 1)
-            original = self._log_probabilities(here, self._hidden[0])
-            for probe, hidden in self._streams.items():
-                total[probe] += _divergence(original, self._log_probabilities(here, hidden))
-            for probe, weights in head.items():
-                with quantized(weights):
-                    total[probe] += _divergence(original, self._log_probabilities(here, self._hidden[0]))
-        positions = self._count * (self.windows.seqlen - 1)
+    def _divergences(self, states: HiddenStates, count: int) -> dict[tuple[str, int], float]:
+        """KL(original || variant) a token of every variant, and of the original with its head quantized where that takes part."""
+        with self._stream.outside_filled() as model:
+            name, head = head_name(model), model.get_output_embeddings()
+            heads: dict[tuple[str, int], Probe] = {}
+            if name in self._selection.layers:
+                heads = self._solve({name: head}, self._stream.head_hessian(states, head))
+            total = dict.fromkeys((*self._variants, *heads), 0.0)
+            for window in range(count):
+                here = slice(window, window + 1)
+                batch, entered = states.batches[0][here], states.states[0][here]
+                original = log_probabilities(self._stream.logits(batch, entered))
+                for probe, hidden in self._variants.items():
+                    total[probe] += _divergence(original, log_probabilities(self._stream.logits(batch, hidden[here])))
+                for probe, weights in heads.items():
+                    with quantized(weights):
+                        total[probe] += _divergence(original, log_probabilities(self._stream.logits(batch, entered)))
+        positions = count * (states.batches[0].shape[1] - 1)
         return {probe: max(0.0, value) / positions for probe, value in total.items()}
-
-    def _log_probabilities(self, here: slice, hidden: Tensor) -> Tensor:
-        logits = capture.logits(self.decoder.model, self.decoder.blocks, self._batches[0][here], hidden[here], self._as_tuple)
-        return torch.log_softmax(logits[:, :-1].flatten(0, 1).float(), -1)
 
 
 def _divergence(original: Tensor, other: Tensor) -> float:

@@ -47,9 +47,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_core.block import walk
 from gptq_core.block.group import Member, solve_group
-from gptq_core.block.stream import OriginalStream, quantized
+from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids, quantized
 from gptq_core.checkpoint.reader import resolve
 from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
@@ -58,10 +57,10 @@ from gptq_core.inference.evaluation import Comparison, log_probabilities, pieces
 from gptq_core.method import solver
 from gptq_core.method.factor import Factor, column_order, factorize
 from gptq_core.method.hessian import Hessian
-from gptq_core.model import architecture, capture
+from gptq_core.model.architecture import head_name, linears_of
 from gptq_core.model.selection import Selection
 from gptq_core.planning.plan import plan
-from gptq_core.work_sizes import TOKENS_PER_FORWARD
+from gptq_core.runtime.timing import Stages
 
 SET_ASIDE = {"target_shift": 0.0, "residual_shift": 0.0, "tuning_steps": 0}
 """What has no meaning where nothing upstream is quantized, and its value for that."""
@@ -121,14 +120,10 @@ def screen(
             )
     folder = str(resolve(model_path, revision))  # once: a hub id is a look into the network
     cells = [_cell(folder, name, config) for name, config in configs.items()]
-    with _Cells.look(folder, cells[0].config, calibration, revision=None, dtype=dtype, device=device) as run:
-        vocabulary = run.decoder.model.config.get_text_config(decoder=True).vocab_size
-        if (largest := int(heldout.tokens.max())) >= vocabulary or int(heldout.tokens.min()) < 0:
-            raise InputError(
-                f"token id {largest} in the held-out windows: the model's vocabulary ends at {vocabulary - 1}; "
-                "use the model's own tokenizer"
-            )
-        run.judge(cells, heldout, on_block or (lambda done, total: None))
+    with BlockStream.open(folder, dtype=dtype, device=device) as stream:
+        check_token_ids(calibration, stream.decoder.model.config, "calibration")
+        check_token_ids(heldout, stream.decoder.model.config, "held-out")
+        _Screening(stream, cells).run(calibration, heldout, on_block or (lambda done, total: None))
     return {cell.name: cell.result() for cell in cells}
 
 
@@ -145,8 +140,8 @@ class _Cell:
     selection: Selection
     sizes: dict[str, Any]
     set_aside: tuple[str, ...]
-    hidden: list[Tensor] = field(default_factory=list)
-    """Held-out hidden states, a tensor a batch."""
+    states: HiddenStates | None = None
+    """Of the held-out windows, in this cell."""
     solutions: dict[str, solver.Solution] = field(default_factory=dict)
     """Of the block at hand, by full names; at last of the head."""
     fallbacks: list[str] = field(default_factory=list)
@@ -154,7 +149,7 @@ class _Cell:
     seconds: float = 0.0
     error: str | None = None
 
-    def solve(self, modules: dict[str, nn.Linear], hessian: Hessian, run: _Cells, factors: _Factors) -> None:
+    def solve(self, modules: dict[str, nn.Linear], hessian: Hessian, timed: Stages, factors: _Factors) -> None:
         """Solve what this cell selects of an input group. A failure ends the cell, and it alone."""
         layers = self.selection.layers
         members = [Member(name, linear.weight, layers[name].config) for name, linear in modules.items() if name in layers]
@@ -162,7 +157,7 @@ class _Cell:
             return
         started = time.perf_counter()
         try:
-            for name, solution, report in solve_group(members, hessian, None, run.timed, factors):
+            for name, solution, report in solve_group(members, hessian, None, timed, factors):
                 self.solutions[name] = solution
                 if report["fallback"]:
                     self.fallbacks.append(name)
@@ -174,7 +169,7 @@ class _Cell:
         self.seconds += time.perf_counter() - started
 
     def _end(self, why: str) -> None:
-        self.error, self.hidden, self.solutions = why, [], {}
+        self.error, self.states, self.solutions = why, None, {}
 
     def weights(self, linears: Mapping[str, nn.Linear], dtype: torch.dtype) -> dict[nn.Linear, Tensor]:
         return {linears[name]: solution.weight(dtype) for name, solution in self.solutions.items()}
@@ -209,69 +204,60 @@ class _Factors:
         return self._found[key]
 
 
-# -- the streams ----------------------------------------------------------------------------------------------------------
+# -- all cells ------------------------------------------------------------------------------------------------------------
 
 
-class _Cells(OriginalStream):
-    """The original's calibration stream, and the held-out windows in the original and in every cell."""
+class _Screening:
+    """The original's calibration windows, and the held-out windows in the original and in every cell, on their way through the blocks."""
 
-    def judge(self, cells: list[_Cell], heldout: Windows, on_block: Callable[[int, int], None]) -> None:
+    def __init__(self, stream: BlockStream, cells: list[_Cell]) -> None:
+        self._stream, self._cells = stream, cells
+
+    def run(self, calibration: Windows, heldout: Windows, on_block: Callable[[int, int], None]) -> None:
         """Take the cells through the model; what they come to is in them."""
-        self._cells = cells
-        self.capture()
-        self._enter(heldout)
-        for index in range(self.block_count):
+        states, original = self._stream.enter(calibration, heldout)
+        for cell in self._cells:
+            cell.states = original.copy()
+        for index in range(self._stream.block_count):
             if not self._alive():
                 return
-            self._pass(index)
-            on_block(index + 1, self.block_count)
-        self._finish(pieces(vocabulary_of(self.decoder.model), heldout.seqlen)[0])
+            self._pass(index, states, original)
+            on_block(index + 1, self._stream.block_count)
+        self._compare(states, original, pieces(vocabulary_of(self._stream.decoder.model), heldout.seqlen)[0])
 
     def _alive(self) -> list[_Cell]:
         return [cell for cell in self._cells if not cell.error]
 
-    def _enter(self, heldout: Windows) -> None:
-        """The held-out windows up to the first block."""
-        model, blocks = self.decoder.model, self.decoder.blocks
-        batch = max(1, TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD["cuda"]) // heldout.seqlen)
-        self._heldout = [b.to(self.device) for b in heldout.tokens.split(batch)]
-        self._fill_outside()
-        self._heldout_hidden, self._heldout_calls = capture.capture(model.base_model, blocks, self._heldout, self._as_tuple)
-        for child in architecture.outside(model, blocks):
-            architecture.empty(child)
-        for cell in self._cells:
-            cell.hidden = list(self._heldout_hidden)
-
-    def _pass(self, index: int) -> None:
+    def _pass(self, index: int, states: HiddenStates, original: HiddenStates) -> None:
+        stream = self._stream
         names = dict.fromkeys(name for cell in self._alive() for name in cell.selection.in_block(index))
-        with self._passed(index, names, self._solve) as block:
-            linears = {f"{self.decoder.prefix}.{index}.{name}": linear for name, linear in architecture.linears_of(block).items()}
-            walk.run(block, self._heldout_hidden, self._heldout_calls[index])
+        with stream.pass_original(index, states, names, self._solve) as block:
+            linears = {f"{stream.path(index)}.{name}": linear for name, linear in linears_of(block).items()}
+            original.run(block, index)
             for cell in self._alive():
-                with quantized(cell.weights(linears, self.dtype)):
-                    walk.run(block, cell.hidden, self._heldout_calls[index])
+                with quantized(cell.weights(linears, stream.dtype)):
+                    cell.states.run(block, index)
                 cell.solutions = {}
 
     def _solve(self, modules: dict[str, nn.Linear], hessian: Hessian) -> None:
         factors = _Factors()
         for cell in self._alive():
-            cell.solve(modules, hessian, self, factors)
+            cell.solve(modules, hessian, self._stream.timed, factors)
 
-    def _finish(self, at_once: int) -> None:
+    def _compare(self, states: HiddenStates, original: HiddenStates, at_once: int) -> None:
         """Solve the head where it takes part, and compare the cells with the original, `at_once` windows at a time."""
-        self._fill_outside()
-        model = self.decoder.model
-        name, head = architecture.head_name(model), model.get_output_embeddings()
-        if any(name in cell.selection.layers for cell in self._alive()):
-            self._solve({name: head}, self._head_hessian(head))
-        self._hidden = []
-        for number, batch in enumerate(self._heldout):
-            for start in range(0, len(batch), at_once):
-                here = slice(start, start + at_once)
-                original, targets = self._answers(batch[here], self._heldout_hidden[number][here]), batch[here][:, 1:].flatten()
-                for cell in self._alive():
-                    with quantized(cell.weights({name: head}, self.dtype)):
-                        cell.comparison.add(original, self._answers(batch[here], cell.hidden[number][here]), targets)
-
-    def _answers(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        return log_probabilities(capture.logits(self.decoder.model, self.decoder.blocks, batch, hidden, self._as_tuple))
+        stream = self._stream
+        with stream.outside_filled() as model:
+            name, head = head_name(model), model.get_output_embeddings()
+            if any(name in cell.selection.layers for cell in self._alive()):
+                self._solve({name: head}, stream.head_hessian(states, head))
+            states.states = []
+            for number, batch in enumerate(original.batches):
+                for start in range(0, len(batch), at_once):
+                    here = slice(start, start + at_once)
+                    targets = batch[here][:, 1:].flatten()
+                    answers = log_probabilities(stream.logits(batch[here], original.states[number][here]))
+                    for cell in self._alive():
+                        with quantized(cell.weights({name: head}, stream.dtype)):
+                            found = log_probabilities(stream.logits(batch[here], cell.states.states[number][here]))
+                            cell.comparison.add(answers, found, targets)

@@ -12,7 +12,7 @@ from gptq_core.errors import GPTQError, InputError
 from gptq_core.inference import backends
 from gptq_core.model.architecture import choose_device
 from gptq_core.planning.consumers import loadability, objections
-from gptq_core.run import engine
+from gptq_core.run import identity
 from gptq_core.run.engine import Quantization
 from gptq_core.search.allocation import Allocation
 from tasks.config import secrets
@@ -41,7 +41,7 @@ def allocation_file(config: RunConfig) -> Path:
 
 def request_key(config: RunConfig, calibration: Windows) -> str:
     """sha256 of the request: model, settings, calibration windows, kind of device and this code."""
-    return engine.key(
+    return identity.request_key(
         config.model.path,
         config.quantization,
         calibration,

@@ -18,7 +18,8 @@ from typing import Any
 
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import GPTQError, InputError, OutputHeldError
-from gptq_core.run import engine
+from gptq_core.planning.plan import plan
+from gptq_core.run import identity
 from tasks.config.run import RunConfig
 from tasks.config.sweep import Cell, SweepConfig
 from tasks.evaluation.scores import check_measures
@@ -87,7 +88,8 @@ def _examine_screening(cell: Cell, screened: dict[str, Any]) -> State:
         prepared, model = prepare(cell.config), cell.config.model
         if cell.config.quantization.allocate:
             raise InputError("quantization.allocate: widths are chosen for a run of its own; set mode: exact")
-        key = engine.key(
+        plan(model.path, cell.config.quantization, model.revision)  # refuses what this model cannot be quantized to
+        key = identity.request_key(
             model.path, cell.config.quantization, prepared.calibration, device=model.device, dtype=model.dtype, revision=model.revision
         )
     except InputError as error:

@@ -19,9 +19,10 @@ import torch
 from ablation import quantize
 from safetensors.torch import load_file
 
-from gptq_core import Allocation, Quantization, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
+from gptq_core import Allocation, QuantizeConfig, Windows, allocate, calibration_windows, evaluate_pair, evaluation_windows
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.model.selection import Selection
+from gptq_core.planning.plan import plan
 from gptq_core.search.allocation import choose
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
@@ -41,8 +42,7 @@ def main(args: argparse.Namespace) -> None:
     uniform = {bits: measure(QuantizeConfig(bits=bits, recipe=args.recipe)) for bits in around}
     first = wanted(args, args.budgets[0])
     screened = allocate(args.model, first, calibration, device="cpu")
-    with Quantization.look(args.model, first, calibration, revision=None, dtype="auto", device="cpu") as run:
-        selection = run.selection
+    selection = plan(args.model, first).selection
     print(f"| bits a weight | uniform | random, mean of {args.random} | least | allocated | predicted | shares |")
     print("|---" * 7 + "|")
     for budget in args.budgets:

@@ -101,7 +101,11 @@ def floors(run: Quantization, rates: Rates) -> dict[str, Floor]:
     config = run.config
     inputs, sums, tall = (
         str(dtype).removeprefix("torch.")
-        for dtype in (run.dtype, products_dtype(run.dtype, run.device), solver.products_dtype(run.dtype, run.device))
+        for dtype in (
+            run.stream.dtype,
+            products_dtype(run.stream.dtype, run.stream.device),
+            solver.products_dtype(run.stream.dtype, run.stream.device),
+        )
     )
     tokens, groups = run.windows.tokens.numel(), _groups(run)
     amounts = {"forward": (_forward(run), inputs), "hessian": (tokens * sum(n * n for n, _, _ in groups), sums)}
@@ -121,7 +125,7 @@ def floors(run: Quantization, rates: Rates) -> dict[str, Floor]:
         amounts["descent: tall"] = (sum(2 * rounds * far for far, _ in swept), tall)
         amounts["descent: inside"] = (sum(rounds * near for _, near in swept), "float32")
     amounts["pack"] = ((2 + config.bits / 8) * weights, "copy")
-    shards = [(run.source.folder / file).stat().st_size for file in run.source.shards()]
+    shards = [(run.stream.source.folder / file).stat().st_size for file in run.stream.source.shards()]
     alone = max(shards) / rates.digest > sum(shards) / rates.digests
     amounts["read"] = (max(shards), "digest") if alone else (sum(shards), "digests")
     files = [size for record in run.output.records if record["kind"] in ("block", "rest") for size in record["files"].values()]
@@ -137,11 +141,11 @@ def _groups(run: Quantization) -> list[tuple[int, int, bool]]:
 
     Whether a group writes to the stream is told by its shape: one linear with as many outputs as the stream is wide.
     """
-    prefix, layers = run.decoder.prefix, run.selection.layers
-    hidden = run.decoder.model.config.get_text_config(decoder=True).hidden_size
+    prefix, layers = run.stream.decoder.prefix, run.selection.layers
+    hidden = run.stream.decoder.model.config.get_text_config(decoder=True).hidden_size
     found = []
     # a decoder of its own, since that of the run may have parts on its device
-    empty = architecture.find_decoder(architecture.empty_model(copy.deepcopy(run.decoder.model.config), run.dtype))
+    empty = architecture.find_decoder(architecture.empty_model(copy.deepcopy(run.stream.decoder.model.config), run.stream.dtype))
     kinds = {group.names for kind in footprints(empty, run.windows.seqlen) for group in kind.groups}
     for index in range(run.block_count):
         for names in kinds:
@@ -153,9 +157,9 @@ def _groups(run: Quantization) -> list[tuple[int, int, bool]]:
 
 
 def _forward(run: Quantization) -> float:
-    config = run.decoder.model.config.get_text_config(decoder=True)
+    config = run.stream.decoder.model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    weights = sum(linear.weight.numel() for block in run.decoder.blocks for linear in architecture.linears_of(block).values())
+    weights = sum(linear.weight.numel() for block in run.stream.decoder.blocks for linear in architecture.linears_of(block).values())
     attention = run.windows.seqlen * config.num_attention_heads * head_dim * run.block_count
     streams = 1 + (run.config.target_shift > 0) + (not run.config.true_sequential)
     return 2.0 * run.windows.tokens.numel() * (weights + attention) * streams

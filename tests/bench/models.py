@@ -139,6 +139,6 @@ def quantize(
             "all_blocks": walked - captured,
             "assemble": ended - walked,
             "tokens": windows.tokens.numel(),
-            "dtype": str(run.dtype).removeprefix("torch."),
+            "dtype": str(run.stream.dtype).removeprefix("torch."),
             "stages": stage_records(stages, floors(run, rates)) if rates else {name: {"seconds": value} for name, value in stages.items()},
         }

@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 import subprocess, sys, time
-from flows.orphans import end_server_with_us
+from flows.serving.orphans import end_server_with_us
 end_server_with_us()
 end_server_with_us()
 sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -23,7 +23,7 @@ time.sleep(60)
 
 BOUND = """
 import subprocess, sys, time
-from flows.orphans import ends_with_parent
+from flows.serving.orphans import ends_with_parent
 sleeper = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"]
 print(subprocess.Popen(sleeper, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=ends_with_parent()).pid, flush=True)
 time.sleep(60)

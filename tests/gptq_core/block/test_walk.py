@@ -8,9 +8,10 @@ from torch import nn
 from gptq_core import QuantizeConfig, load_quantized
 from gptq_core.block import walk
 from gptq_core.block.group import solve_group
+from gptq_core.block.stream import BlockStream
 from gptq_core.errors import UnsupportedModelError
 from gptq_core.model import capture
-from gptq_core.model.architecture import empty_model, fill, find_decoder, linears_of
+from gptq_core.model.architecture import empty_model, find_decoder, linears_of
 from gptq_core.run import engine
 from gptq_core.run.engine import Quantization
 
@@ -42,7 +43,7 @@ def test_forwards_per_block(true_sequential, expected, tmp_path, monkeypatch):
         return original(self, block, hidden)
 
     monkeypatch.setattr(capture.Call, "__call__", counted)
-    monkeypatch.setattr("gptq_core.run.engine.TOKENS_PER_FORWARD", {"cpu": 64, "cuda": 64})  # three batches of two windows
+    monkeypatch.setattr("gptq_core.block.stream.TOKENS_PER_FORWARD", {"cpu": 64, "cuda": 64})  # three batches of two windows
     quantize(model, tmp_path / "out", QuantizeConfig(bits=4, group_size=32, true_sequential=true_sequential))
     full = [block for block, size in calls if size == 2]
     assert len(full) == expected * 3 * 2
@@ -158,14 +159,12 @@ def test_what_cannot_be_quantized_yet_is_refused_by_name(architecture, reason):
 @pytest.mark.parametrize("architecture", DENSE)
 def test_a_few_tokens_show_the_groups_of_a_full_window(architecture, tmp_path, monkeypatch):
     """Also where windows are shorter than what the probe would look at."""
-    model, config = save_model(architecture, tmp_path / "model"), QuantizeConfig(bits=4, group_size=32)
-    found = {}
+    model, found = save_model(architecture, tmp_path / "model"), {}
     for tokens in (8, 10**6):
-        monkeypatch.setattr(engine, "DISCOVERY_TOKENS", tokens)
-        with Quantization.open(str(model), config, windows(seqlen=32), tmp_path / "out", device="cpu") as run:
-            run.capture()
-            block = run.decoder.blocks[1]
-            fill(block, f"{run.decoder.prefix}.1", run._read_block(1).__getitem__, run.device, run.dtype)
-            found[tokens] = run._groups(1, block, linears_of(block))
-            assert run._probe.shape[:2] == (1, min(tokens, 32))
+        monkeypatch.setattr("gptq_core.block.stream.DISCOVERY_TOKENS", tokens)
+        with BlockStream.open(str(model), dtype="auto", device="cpu") as stream:
+            stream.enter(windows(seqlen=32))
+            with stream.filled(1) as block:
+                found[tokens] = stream.input_groups(1, block, linears_of(block))
+            assert stream._probe.states[0].shape[:2] == (1, min(tokens, 32))
     assert found[8] == found[10**6] != []

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gptq_core import Quantization, QuantizeConfig, load_quantized
 from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError, OutputHeldError
-from gptq_core.run import engine
+from gptq_core.run import engine, identity
 
 W4 = QuantizeConfig(bits=4, group_size=32)
 
@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_depth(tmp_path):
     with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
         for index in range(5):
             run.quantize_block(index)
-            assert all(p.is_meta for p in run.decoder.model.parameters())
+            assert all(p.is_meta for p in run.stream.decoder.model.parameters())
             gc.collect()
             live.append(sum(t.nbytes for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta))
     # the last block has no next one to prefetch
@@ -219,7 +219,7 @@ def test_a_weight_leaves_when_it_is_solved(tmp_path, monkeypatch):
     read, alive = {}, []
     with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
         run.capture()
-        read_block, solve = run._read_block, engine.solve_group
+        read_block, solve = run.stream.read_block, engine.solve_group
 
         def reading(index):
             found = read_block(index)
@@ -230,7 +230,7 @@ def test_a_weight_leaves_when_it_is_solved(tmp_path, monkeypatch):
             alive.append({name.split(".")[-2] for name, storage in read.items() if name.endswith("proj.weight") and not storage.expired()})
             return solve(members, *rest)
 
-        monkeypatch.setattr(run, "_read_block", reading)
+        monkeypatch.setattr(run.stream, "read_block", reading)
         monkeypatch.setattr(engine, "solve_group", solving)
         run.quantize_block(0)
     mlp = {"gate_proj", "up_proj", "down_proj"}
@@ -444,7 +444,7 @@ def test_the_same_tokens_by_another_name_are_the_same_work(tmp_path):
 def test_other_code_is_other_work(tmp_path, monkeypatch):
     model = save_model("llama", tmp_path / "model")
     quantize(model, tmp_path / "out", W4)
-    monkeypatch.setattr("gptq_core.run.engine.code_sha256", lambda: "changed")
+    monkeypatch.setattr("gptq_core.run.identity.code_sha256", lambda: "changed")
     with pytest.raises(InputError, match=r"code_sha256 [0-9a-f]{8} there, changed now"):
         Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
 
@@ -456,19 +456,19 @@ def test_the_loops_in_c_are_code_too(monkeypatch):
         digested.append(path.relative_to(Path(engine.__file__).parents[1]).as_posix())
         return ""
 
-    monkeypatch.setattr(engine, "file_sha256", digest)
-    engine.code_sha256.cache_clear()
-    engine.code_sha256()
-    engine.code_sha256.cache_clear()
+    monkeypatch.setattr(identity, "file_sha256", digest)
+    identity.code_sha256.cache_clear()
+    identity.code_sha256()
+    identity.code_sha256.cache_clear()
     assert {"run/engine.py", "kernels/loops.c", "kernels/products.c", "checkpoint/packing.py"} <= set(digested)
 
 
 def test_other_kernels_are_other_work(tmp_path, monkeypatch):
     """They sum up in another order."""
     model = save_model("llama", tmp_path / "model")
-    monkeypatch.setattr(engine.dispatch, "implementation", lambda device, dtype: "c")
+    monkeypatch.setattr(identity.dispatch, "implementation", lambda device, dtype: "c")
     quantize(model, tmp_path / "out", W4)
-    monkeypatch.setattr(engine.dispatch, "implementation", lambda device, dtype: "torch")
+    monkeypatch.setattr(identity.dispatch, "implementation", lambda device, dtype: "torch")
     with pytest.raises(InputError, match="kernels c there, torch now"):
         Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
 

@@ -10,6 +10,7 @@ import torch
 from tiny import save_model
 
 from gptq_core import Quantization, QuantizeConfig, Windows
+from gptq_core.block.stream import BlockStream
 from gptq_core.errors import InputError
 from gptq_core.runtime import heap
 
@@ -83,7 +84,7 @@ def test_a_run_on_the_cpu_keeps_them_until_it_is_closed(tmp_path, monkeypatch):
     for name in ("keep", "let_go"):
         monkeypatch.setattr(heap, name, lambda name=name: told.append(name))
     windows = Windows(torch.zeros(1, 8, dtype=torch.long), "zeros", 1)
-    with Quantization.look(str(model), QuantizeConfig(bits=4, group_size=32), windows, revision=None, dtype="auto", device="cpu"):
+    with BlockStream.open(str(model), dtype="auto", device="cpu"):
         assert told == ["keep"]
     assert told == ["keep", "let_go"]
     (tmp_path / "taken").touch()

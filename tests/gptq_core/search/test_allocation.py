@@ -13,14 +13,14 @@ import transformers
 from pydantic import ValidationError
 from tiny import logits, quantize, save_model, windows
 
-from gptq_core import Allocation, Quantization, QuantizeConfig, allocate, calibration_windows, evaluate_pair, load_quantized
+from gptq_core import Allocation, QuantizeConfig, allocate, calibration_windows, evaluate_pair, load_quantized
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import InputError
 from gptq_core.model.selection import bits_on_disk, units_of
 from gptq_core.planning.plan import plan
 from gptq_core.schema import explain
 from gptq_core.search import allocation
-from gptq_core.search.allocation import Screening, choose, knapsack, presumed
+from gptq_core.search.allocation import UnitProbes, choose, knapsack, presumed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,10 +30,6 @@ W = {"bits": 3, "group_size": 32}
 
 def wanted(bits=(2, 3, 4, 8), budget_bpw=3.5, **fields):
     return QuantizeConfig(**W | fields, allocate={"bits": list(bits), "budget_bpw": budget_bpw})
-
-
-def looked_at(model, config, tokens=None):
-    return Quantization.look(str(model), config, tokens or windows(), revision=None, dtype="auto", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +82,8 @@ def test_a_front_cut_short_keeps_the_budget_and_nearly_the_best(monkeypatch):
 @pytest.mark.parametrize("budget", [2.0, 2.7, 3.0, 3.5, 8.0])
 def test_the_budget_is_kept_and_used(model, chosen, budget):
     config = wanted(budget_bpw=budget)
-    with looked_at(model, config) as run:
-        found = choose(config, run.selection, {unit.name: (unit.loss, unit.kl) for unit in chosen.units})
+    selected = plan(str(model), config.model_copy(update={"allocate": None})).selection
+    found = choose(config, selected, {unit.name: (unit.loss, unit.kl) for unit in chosen.units})
     assert budget - 0.25 < found.bits_per_weight <= budget
     assert found.bits_per_weight == pytest.approx(sum(bits * share for bits, share in found.shares.items()))
     assert found.predicted_kl == pytest.approx(sum(unit.kl[unit.bits] for unit in found.units))
@@ -124,9 +120,9 @@ def test_fused_linears_are_one_unit_and_a_rule_covers_the_whole(model, chosen):
     for unit in chosen.units:
         for name in (unit.name, *unit.members):
             assert config.for_linear(name).bits == unit.bits, name
-    with looked_at(model, config) as run:
-        assert not run.selection.parted
-        assert not any(rule.startswith("+:") for rule in run.selection.rules)
+    selected = plan(str(model), config.model_copy(update={"allocate": None})).selection
+    assert not selected.parted
+    assert not any(rule.startswith("+:") for rule in selected.rules)
 
 
 def test_what_rules_leave_out_stays_out(model):
@@ -149,8 +145,8 @@ def test_the_record_survives_json(chosen):
 
 def test_widths_are_presumed_before_anything_is_computed(model):
     config = QuantizeConfig(bits=4, group_size=32, allocate={"bits": [4, 8], "budget_bpw": 5})
-    with looked_at(model, config) as run:
-        found = presumed(config, run.selection)
+    selected = plan(str(model), config.model_copy(update={"allocate": None})).selection
+    found = presumed(config, selected)
     assert set(found.shares) == {4, 8} and 4.5 < found.bits_per_weight <= 5
 
 
@@ -175,7 +171,7 @@ def test_the_kl_is_that_of_a_model_in_which_one_unit_is_quantized(architecture, 
     config = wanted(lm_head=head, recipe="classic")
     monkeypatch.setattr(allocation, "PROBE_TOKENS", 4 * tokens.seqlen)
     solved = {}
-    right = Screening._solve
+    right = UnitProbes._solve
 
     def seen(self, modules, hessian):
         found = right(self, modules, hessian)
@@ -183,7 +179,7 @@ def test_the_kl_is_that_of_a_model_in_which_one_unit_is_quantized(architecture, 
         solved.update({probe: {names[linear]: weight for linear, weight in part.items()} for probe, part in found.items()})
         return found
 
-    monkeypatch.setattr(Screening, "_solve", seen)
+    monkeypatch.setattr(UnitProbes, "_solve", seen)
     found = {unit.name: unit for unit in allocate(str(folder), config, tokens, device="cpu").units}
     assert ("lm_head" in found) == head
     dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -267,9 +263,9 @@ def test_widths_are_put_in_order():
 def test_linears_of_other_names_are_units_of_their_own(architecture, tmp_path):
     folder = save_model(architecture, tmp_path / "model")
     config = wanted(budget_bpw=3.0)
-    with looked_at(folder, config) as run:
-        expected = {member for members in units_of(run.selection).values() for member in members}
-        assert expected == set(run.selection.layers)
+    selected = plan(str(folder), config.model_copy(update={"allocate": None})).selection
+    expected = {member for members in units_of(selected).values() for member in members}
+    assert expected == set(selected.layers)
     found = allocate(str(folder), config, windows(), device="cpu")
     quantize(folder, tmp_path / "out", found.apply(config))
     quantized = load_quantized(tmp_path / "out")

@@ -160,8 +160,8 @@ def test_a_hessian_is_factored_once_for_each_order_and_damping(model, monkeypatc
 
 
 def test_hessians_are_of_what_some_cell_selects(model, monkeypatch):
-    named, right = [], screening._Cells._solve
-    monkeypatch.setattr(screening._Cells, "_solve", lambda self, modules, h: named.append(set(modules)) or right(self, modules, h))
+    named, right = [], screening._Screening._solve
+    monkeypatch.setattr(screening._Screening, "_solve", lambda self, modules, h: named.append(set(modules)) or right(self, modules, h))
     screened(model, a=CELLS["attention"], b=QuantizeConfig(**W, modules_in_block_to_quantize=[["mlp.down_proj"]]))
     leaves = [{name.rpartition(".")[2] for name in names} for names in named]
     assert leaves == [{"q_proj", "k_proj", "v_proj"}, {"down_proj"}] * 2
