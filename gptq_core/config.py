@@ -58,7 +58,7 @@ Backend = Annotated[str | None, AfterValidator(_known_backend)]
 
 def _damping(value: Any) -> float | str:
     if value == "auto":
-        return value
+        return "auto"
     try:
         share = float(value) if not isinstance(value, bool) else 0.0
     except (TypeError, ValueError):
@@ -256,7 +256,7 @@ class QuantizeConfig(Schema):
         rule = self.rule_for(name)
         if rule is None:
             return self.model_copy(update={"dynamic": None, "allocate": None})
-        return None if rule.startswith("-:") else self._changed(self.dynamic[rule])
+        return None if rule.startswith("-:") else self._changed((self.dynamic or {})[rule])
 
     @property
     def modules(self) -> list[str] | None:

@@ -121,7 +121,8 @@ def _packed(dataset: Any, tokenizer: Any, limit: int) -> list[int]:
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # verbose=False: a stream longer than the model's maximum is the point here, not a mistake to warn of
-    return tokenizer(texts, verbose=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    return ids
 
 
 def _is_token_rows(dataset: Any) -> bool:

@@ -13,9 +13,10 @@ import functools
 import logging
 import subprocess
 import threading
-from types import ModuleType
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from gptq_core.kernels.processor import has_avx512_bf16
@@ -28,7 +29,42 @@ OLDEST_GPU = (7, 0)
 """Compute capability from which on Triton compiles."""
 
 
-def kernels(*tensors: Tensor) -> ModuleType | None:
+@runtime_checkable
+class Kernels(Protocol):
+    """What c_loops and triton_loops have in common. c_loops also has `settle`."""
+
+    NAME: str
+
+    def round_columns(
+        self,
+        now: Float[Tensor, "block out"],
+        feedback: Float[Tensor, "block block"],
+        scales: Float[Tensor, "groups out"],
+        zeros: Float[Tensor, "groups out"],
+        group: Int[Tensor, " block"],
+        max_code: int,
+    ) -> UInt8[Tensor, "block out"]: ...
+
+    def descend_columns(
+        self,
+        codes: UInt8[Tensor, "block out"],
+        slope: Float[Tensor, "block out"],
+        scale: Float[Tensor, " out"],
+        zero: Float[Tensor, " out"],
+        max_code: int,
+        damped: Float[Tensor, "block block"],
+    ) -> Float[Tensor, "block out"]: ...
+
+    def search(
+        self,
+        weights: Float[Tensor, "groups columns out"],
+        importance: Float[Tensor, "groups columns"],
+        max_code: int,
+        smallest_zero: int | None,
+    ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]: ...
+
+
+def kernels(*tensors: Tensor) -> Kernels | None:
     """The module whose kernels take these tensors, which lie on one device; None where the twin does."""
     if any(t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
         return None

@@ -16,7 +16,7 @@ def multiplies_in_bfloat16() -> bool:
 
 def has_avx512_bf16() -> bool:
     """Whether it has those among them that belong to AVX-512."""
-    return _capabilities().get("avx512_bf16", False)
+    return bool(_capabilities().get("avx512_bf16", False))
 
 
 @functools.cache

@@ -79,7 +79,8 @@ def settle(
     """
     kernels = dispatch.kernels(left, target, scales, zeros, diagonal, loss)
     if kernels and hasattr(kernels, "settle"):
-        return kernels.settle(found, left, target, here, scales, zeros, group, diagonal, codes, delta, errors, loss)
+        kernels.settle(found, left, target, here, scales, zeros, group, diagonal, codes, delta, errors, loss)
+        return
     codes[here] = found
     rounded = found.to(target.dtype).sub_(zeros[group]).mul_(scales[group])
     delta.copy_((target[here] - rounded).flip(0))

@@ -157,7 +157,8 @@ def _is_along_rows(tensor: Tensor) -> bool:
 
 def _rows(columns: int) -> int:
     """A power of two, as Triton wants the sides of a tile; short blocks share one."""
-    return max(16, triton.next_power_of_2(columns))
+    power: int = triton.next_power_of_2(columns)
+    return max(16, power)
 
 
 # no_type_check: the tests decorate all functions that are to be checked at run time, and Triton compiles only undecorated ones

@@ -90,11 +90,13 @@ class Shift:
 
     def inputs(self) -> Float[Tensor, "in_features in_features"]:
         """ΔC, float32."""
+        assert self._inputs is not None, "no batch was added"
         return self._inputs / self._tokens
 
-    def residual(self) -> Float[Tensor, "hidden in_features"] | None:
-        """ΔR, float32; None where no residual stream was told."""
-        return None if self._residual is None else self._residual / self._tokens
+    def residual(self) -> Float[Tensor, "hidden in_features"]:
+        """ΔR, float32."""
+        assert self._residual is not None, "no batch was added with its residual stream"
+        return self._residual / self._tokens
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

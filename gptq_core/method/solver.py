@@ -97,8 +97,9 @@ def solve_prepared(weight: Float[Tensor, "out columns"], prepared: Prepared, con
     if len(parts) == 1:
         return parts[0]
     codes, scales, zeros = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("codes", "scales", "zeros"))
-    latents = torch.cat([part.latents for part in parts], 1) if config.tuning_steps else None
-    return Solution(codes, scales, zeros, parts[0].g_idx, torch.cat([part.loss for part in parts]), latents)
+    latents = [part.latents for part in parts if part.latents is not None]
+    loss = torch.cat([part.loss for part in parts])
+    return Solution(codes, scales, zeros, parts[0].g_idx, loss, torch.cat(latents, 1) if latents else None)
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -219,6 +220,7 @@ def _solve_rows(weight: Tensor, prepared: Prepared, config: QuantizeConfig, time
         codes, errors, loss = sweep(target, prepared, g_idx, fitted, fit, timed)
     del target  # as large as what comes now
     if prepared.descended is not None:
+        assert prepared.coarse is not None and errors is not None  # all three are there, or none
         with timed("descent"):
             # the descent wants groups as runs of columns: under desc_act that is the processing order, else the original one
             place = torch.arange(columns, device=weight.device).flip(0) if config.desc_act else prepared.order.flip(0)

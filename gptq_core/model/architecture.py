@@ -8,7 +8,7 @@ leaving most of a model in silence as it was would look like success.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,17 @@ class Decoder:
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's config. Raises InputError for an architecture that transformers does not know (remote code is never run)."""
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def own_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """The dtype that a config names for its weights; None where it names none."""
+    dtype = config.dtype
+    assert not isinstance(dtype, str), dtype  # transformers turns a name into torch's dtype when it makes the config
+    return dtype
 
 
 def choose_device(device: str | int | torch.device) -> torch.device:
@@ -69,35 +77,37 @@ def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> 
     """The dtype of the forward. `auto` is the checkpoint's own on a GPU, and on a CPU that multiplies in bfloat16 for a checkpoint of
     that dtype; else float32."""
     if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cpu" and config.dtype in (torch.bfloat16, None) and multiplies_in_bfloat16():
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    if device.type == "cpu" and own_dtype(config) in (torch.bfloat16, None) and multiplies_in_bfloat16():
         return torch.bfloat16
     return judging_dtype(config, device)
 
 
 def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
     """The dtype that a model is judged in: float32 on the CPU, and the checkpoint's own on a GPU."""
-    return torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
+    return torch.float32 if device.type == "cpu" else (own_dtype(config) or torch.bfloat16)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with all parameters on the meta device and its computed buffers real, on the CPU."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r}: not a causal language model ({str(error).splitlines()[0]})"
         ) from error
     for module in model.modules():
-        computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
-        for name in computed:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        computed = {name: buffer for name in module._non_persistent_buffers_set if (buffer := module._buffers.get(name)) is not None}
+        for name, buffer in computed.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
         if computed:
             # transformers computes such buffers (rotary frequencies, embedding scales) here when it loads a checkpoint itself;
             # the module's parameters are still on meta, where initialising does nothing
             model._init_weights(module)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
@@ -161,7 +171,7 @@ def tensor_names(module: nn.Module, prefix: str = "") -> list[str]:
     return [dot + name for name in module.state_dict()]
 
 
-def fill(module: nn.Module, prefix: str, read: Read, device: torch.device, dtype: torch.dtype, skip: set[str] = frozenset()) -> None:
+def fill(module: nn.Module, prefix: str, read: Read, device: torch.device, dtype: torch.dtype, skip: Set[str] = frozenset()) -> None:
     """Give a module on meta its tensors: floating ones in `dtype`, all on `device`. `skip` names (full names) stay on meta.
 
     Computed buffers only move to the device.
@@ -169,14 +179,14 @@ def fill(module: nn.Module, prefix: str, read: Read, device: torch.device, dtype
     for owner_name, owner in module.named_modules():
         path = ".".join(part for part in (prefix, owner_name) if part)
         dot = f"{path}." if path else ""
-        for name, value in owner._parameters.items():
-            if value is not None and dot + name not in skip:
-                owner._parameters[name] = nn.Parameter(_placed(read(dot + name), value, dot + name, device, dtype), requires_grad=False)
-        for name, value in owner._buffers.items():
-            if value is None or dot + name in skip:
+        for name, weight in owner._parameters.items():
+            if weight is not None and dot + name not in skip:
+                owner._parameters[name] = nn.Parameter(_placed(read(dot + name), weight, dot + name, device, dtype), requires_grad=False)
+        for name, buffer in owner._buffers.items():
+            if buffer is None or dot + name in skip:
                 continue
             computed = name in owner._non_persistent_buffers_set
-            owner._buffers[name] = value.to(device) if computed else _placed(read(dot + name), value, dot + name, device, dtype)
+            owner._buffers[name] = buffer.to(device) if computed else _placed(read(dot + name), buffer, dot + name, device, dtype)
 
 
 def _placed(tensor: Tensor, expected: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -188,9 +198,9 @@ def _placed(tensor: Tensor, expected: Tensor, name: str, device: torch.device, d
 def empty(module: nn.Module) -> None:
     """Release a block's tensors: back to meta. Computed buffers stay, because no checkpoint could bring them back."""
     for owner in module.modules():
-        for name, value in owner._parameters.items():
-            if value is not None:
-                owner._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
-        for name, value in owner._buffers.items():
-            if value is not None and name not in owner._non_persistent_buffers_set:
-                owner._buffers[name] = value.to("meta")
+        for name, weight in owner._parameters.items():
+            if weight is not None:
+                owner._parameters[name] = nn.Parameter(weight.to("meta"), requires_grad=False)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                owner._buffers[name] = buffer.to("meta")

@@ -28,7 +28,8 @@ class Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         result = block(hidden, *self.args, **self.kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        outputs: Tensor = result[0] if isinstance(result, tuple) else result
+        return outputs
 
     def cut(self, count: int) -> Call:
         """The call for the first `count` windows of the batch."""
@@ -162,7 +163,8 @@ def logits(model: nn.Module, blocks: nn.ModuleList, batch: Tensor, hidden: Tenso
     """The model's own logits for a batch of token ids, given the outputs of its last block."""
     last = len(blocks) - 1
     with _standing_in(blocks, lambda index, entering, _call: hidden if index == last else entering, as_tuple):
-        return model(input_ids=batch, use_cache=False).logits
+        found: Tensor = model(input_ids=batch, use_cache=False).logits
+    return found
 
 
 def _same(a: Any, b: Any) -> bool:

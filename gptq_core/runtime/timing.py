@@ -22,7 +22,8 @@ class Stages:
         self._device = device
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
-        self._since: float | torch.cuda.Event = 0.0
+        self._since = 0.0
+        self._mark: torch.cuda.Event | None = None  # on a GPU, in the place of _since
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._lock = threading.Lock()
 
@@ -42,7 +43,8 @@ class Stages:
         self._charge()
         started = time.perf_counter()
         yield
-        passed, spent = time.perf_counter() - started, defaultdict(float)
+        passed = time.perf_counter() - started
+        spent: dict[str, float] = defaultdict(float)
         for part in parts:
             for stage, seconds in part.seconds.items():
                 spent[stage] += seconds
@@ -68,12 +70,13 @@ class Stages:
     def _charge(self) -> None:
         """Charge what has passed since the last call to the innermost stage."""
         if self._device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record(torch.cuda.current_stream(self._device))
-            if self._open:
-                self._events.append((self._open[-1], self._since, now))
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record(torch.cuda.current_stream(self._device))
+            if self._open and self._mark is not None:
+                self._events.append((self._open[-1], self._mark, mark))
+            self._mark = mark
         else:
             now = time.perf_counter()
             if self._open:
                 self.add(self._open[-1], now - self._since)
-        self._since = now
+            self._since = now

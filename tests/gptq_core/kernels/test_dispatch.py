@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from gptq_core import kernels
-from gptq_core.kernels import constants, descent, dispatch
+from gptq_core.kernels import c_loops, constants, descent, dispatch
 
 
 @pytest.fixture
 def everywhere(monkeypatch):
     """As if Triton ran on every device, be it installed or not: a module that stands for its kernels."""
     fused = types.ModuleType("gptq_core.kernels.triton_loops")
+    for name in ("NAME", "round_columns", "descend_columns", "search"):
+        setattr(fused, name, getattr(c_loops, name))
     monkeypatch.setattr(dispatch, "runs_on", lambda device: True)
     monkeypatch.setitem(sys.modules, fused.__name__, fused)
     monkeypatch.setattr(kernels, "triton_loops", fused, raising=False)
