@@ -214,7 +214,8 @@ class GPTQQuantizer:
         model.config.quantization_config = read_quantization_config(out)
         work.packed.update((name, model.get_submodule(name)) for name in packed)
         self._work[model] = work
-        return model.eval()
+        model.eval()
+        return model
 
     def save(self, model: nn.Module, save_dir: str, max_shard_size: str = "10GB", safe_serialization: bool = True) -> None:
         """Write the checkpoint that `quantize_model` made of this model. max_shard_size has no effect: a decoder block is a shard.

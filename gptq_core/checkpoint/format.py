@@ -86,7 +86,7 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: no config.json; give the folder of a quantized checkpoint")
     try:
-        found = json.loads(path.read_text()).get("quantization_config")
+        found: dict[str, Any] | None = json.loads(path.read_text()).get("quantization_config")
         if found is None and (folder / "quantize_config.json").is_file():
             found = json.loads((folder / "quantize_config.json").read_text())
     except (ValueError, AttributeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from gptq_core.checkpoint.format import layout, read_quantization_config
 from gptq_core.checkpoint.reader import Checkpoint
@@ -28,12 +28,53 @@ DTYPE_BYTES = {
 }
 
 
-def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+class PackedLinear(TypedDict):
+    """A quantized linear of a checkpoint."""
+
+    name: str
+    in_features: int
+    out_features: int
+    groups: int
+    bits: int
+    bytes: int
+    """Of its four tensors."""
+
+
+class DenseTensor(TypedDict):
+    """A tensor of a checkpoint that belongs to no quantized linear."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    """As safetensors spells it."""
+    bytes: int
+
+
+class Inspection(TypedDict):
+    """What a checkpoint holds. bits, group_size, sym and desc_act are the checkpoint's own; rules of `dynamic` may differ from them."""
+
+    path: str
+    format: str
+    bits: int | None
+    group_size: int | None
+    sym: bool | None
+    desc_act: bool | None
+    bits_per_weight: float | None
+    """Scales, zeros and g_idx included; None where nothing is quantized."""
+    bytes: int
+    loads: list[dict[str, Any]] | None
+    """`Verdict.record` of each consumer; None where the checkpoint was not made by this library."""
+    layers: list[PackedLinear]
+    dense: list[DenseTensor]
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
     """Format, widths, groups and sizes, from the JSON and the tensor headers alone. Raises InputError for another kind of folder."""
     quantization = read_quantization_config(Path(path))
     source = Checkpoint(Path(path))
     size = {name: _bytes(*source.header(name)) for name in source.names}
-    layers, packed = [], set()
+    layers: list[PackedLinear] = []
+    packed: set[str] = set()
     for name in source.names:
         if not name.endswith(".qweight"):
             continue
@@ -55,7 +96,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
                 "bytes": sum(size[p] for p in parts),
             }
         )
-    dense = [
+    dense: list[DenseTensor] = [
         {"name": n, "shape": list(source.header(n)[1]), "dtype": source.header(n)[0], "bytes": size[n]}
         for n in source.names
         if n not in packed
@@ -64,7 +105,10 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "format": layout(quantization),
-        **{key: quantization.get(key) for key in ("bits", "group_size", "sym", "desc_act")},
+        "bits": quantization.get("bits"),
+        "group_size": quantization.get("group_size"),
+        "sym": quantization.get("sym"),
+        "desc_act": quantization.get("desc_act"),
         "bits_per_weight": 8 * sum(layer["bytes"] for layer in layers) / weights if weights else None,
         "bytes": sum(size.values()),
         "loads": _loads(Path(path)),
@@ -74,10 +118,10 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _loads(folder: Path) -> list[dict[str, Any]] | None:
-    """What was found about its consumers when it was made; None where it is not one of ours."""
     path = folder / MANIFEST
     lines = path.read_text().splitlines() if path.is_file() else []
-    return json.loads(lines[-1]).get("summary", {}).get("loads") if lines else None
+    loads: list[dict[str, Any]] | None = json.loads(lines[-1]).get("summary", {}).get("loads") if lines else None
+    return loads
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:

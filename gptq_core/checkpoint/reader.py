@@ -7,6 +7,7 @@ it is asked for, so a model larger than memory is no obstacle.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -14,7 +15,6 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -132,9 +132,10 @@ class Checkpoint:
     def _mapped(self, name: str) -> Tensor:
         file = self._file(name)
         with self._lock:
-            return self._files[file].get_tensor(name)
+            tensor: Tensor = self._files[file].get_tensor(name)
+        return tensor
 
-    def _start(self, opened: BinaryIO, name: str) -> int:
+    def _start(self, opened: io.BufferedReader, name: str) -> int:
         """Where in its file the bytes of a tensor begin, which safe_open does not tell."""
         file = self._where[name]
         if file not in self._starts:
@@ -168,7 +169,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(opened: BinaryIO, start: int, like: Tensor) -> Tensor:
+def _read(opened: io.BufferedReader, start: int, like: Tensor) -> Tensor:
     """A tensor from its bytes, in pages of its own: the heap would keep them."""
     if not like.numel():
         return torch.empty_like(like)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class OutputFolder:
 
     def _intact(self, record: dict[str, Any]) -> bool:
         path = self.partial / record["file"]
-        return path.is_file() and file_sha256(path) == record["sha256"]
+        return path.is_file() and bool(file_sha256(path) == record["sha256"])
 
     def block(self, index: int) -> dict[str, Any] | None:
         """The record of a finished block."""
@@ -162,7 +162,7 @@ class OutputFolder:
     def copy(self, source: Path) -> None:
         self._commit(source.name, source.read_bytes())
 
-    def publish(self, summary: dict[str, Any]) -> dict[str, Any]:
+    def publish(self, summary: Mapping[str, object]) -> dict[str, Any]:
         """Write the last manifest line, with every file's size and sha256, and rename the folder to its final name."""
         names = sorted(path.name for path in self.partial.iterdir() if path.name not in (MANIFEST, "README.md"))
         shards = {r["file"]: r["sha256"] for r in self.records if "file" in r}

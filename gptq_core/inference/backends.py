@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from gptq_core.checkpoint.packing import pack_zeros, unpack_zeros
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.config import KERNELS, QuantizeConfig, kernel_name
 from gptq_core.errors import CorruptCheckpointError, InputError
-from gptq_core.model.architecture import load_config
+from gptq_core.model.architecture import load_config, own_dtype
 
 REMEDY = "pip install 'gptq-pipeline[kernels]'"
 
@@ -57,11 +58,25 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that was found to take all layers of a checkpoint. linear: GPTQModel's class; dtype: of the arithmetic."""
+    """A kernel that was found to take all layers of a checkpoint. dtype: of the arithmetic."""
 
     name: str
-    linear: type[nn.Module]
+    linear: Any
+    """GPTQModel's class of linears, which has no types."""
     dtype: torch.dtype
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """What is taken over from a QuantizedLinear."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bias: nn.Parameter | None
+    bits: int
+    format: str
 
 
 def stored(source: Checkpoint, format: str) -> list[Layer]:
@@ -116,7 +131,7 @@ def for_checkpoint(backend: str | None, folder: str | Path, device: torch.device
         return None
     folder = Path(folder)
     layers = stored(Checkpoint(folder), layout(read_quantization_config(folder)))
-    return choose(backend, layers, device, dtype, load_config(folder).dtype)
+    return choose(backend, layers, device, dtype, own_dtype(load_config(folder)))
 
 
 def put_in(model: nn.Module, names: Iterable[str], kernel: Kernel) -> None:
@@ -125,11 +140,13 @@ def put_in(model: nn.Module, names: Iterable[str], kernel: Kernel) -> None:
 
     with _on_stderr():
         for name in names:
-            model.set_submodule(name, _converted(name, model.get_submodule(name), kernel))
+            packed = model.get_submodule(name)
+            assert isinstance(packed, Packed), name
+            model.set_submodule(name, _converted(name, packed, kernel))
         hf_gptqmodel_post_init(model, use_act_order=False)
 
 
-def _converted(name: str, packed: nn.Module, kernel: Kernel) -> nn.Module:
+def _converted(name: str, packed: Packed, kernel: Kernel) -> nn.Module:
     """A linear of the kernel with the tensors of a QuantizedLinear; scales and bias in the kernel's dtype, as GPTQModel loads them."""
     from gptqmodel.quantization import FORMAT
     from gptqmodel.utils.backend import BACKEND
@@ -163,7 +180,8 @@ def _converted(name: str, packed: nn.Module, kernel: Kernel) -> nn.Module:
     unexpected = made.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     assert not unexpected, f"{kernel.name} has no {unexpected}"
     made.qzero_format(format=2)
-    return made.to(packed.qweight.device).requires_grad_(False).eval()
+    ready: nn.Module = made.to(packed.qweight.device).requires_grad_(False).eval()
+    return ready
 
 
 def _layer(name: str, qweight: Sequence[int], scales: Sequence[int], qzeros: Tensor, g_idx: Tensor | None, format: str) -> Layer:
@@ -181,8 +199,8 @@ def _layer(name: str, qweight: Sequence[int], scales: Sequence[int], qzeros: Ten
     return Layer(bits, size, not in_order, bool((zeros == 2 ** (bits - 1)).all()), columns, out)
 
 
-def _kernel(name: str, backend: str | None = None) -> type[nn.Module]:
-    """GPTQModel's class of that kernel; backend: as it was written, for the error."""
+def _kernel(name: str, backend: str | None = None) -> Any:
+    """GPTQModel's class of linears of that kernel; backend: as it was written, for the error."""
     try:
         with _on_stderr():
             from gptqmodel.quantization import FORMAT, METHOD
@@ -197,9 +215,11 @@ def _kernel(name: str, backend: str | None = None) -> type[nn.Module]:
         ) from error
 
 
-def _dtype(kernel: type[nn.Module], device: torch.device, own: torch.dtype | None) -> torch.dtype:
+def _dtype(linear: Any, device: torch.device, own: torch.dtype | None) -> torch.dtype:
+    """The first dtype that GPTQModel's class takes."""
     usual = torch.float32 if device.type == "cpu" else own
-    return next(dtype for dtype in (usual, own, torch.float16, torch.bfloat16) if dtype in kernel.SUPPORTS_DTYPES)
+    candidates = (usual, own, torch.float16, torch.bfloat16)
+    return next(dtype for dtype in candidates if dtype is not None and dtype in linear.SUPPORTS_DTYPES)
 
 
 def _against(kernel: Kernel, layer: Layer, device: torch.device, ready: bool) -> str | None:
@@ -229,6 +249,6 @@ def _bare(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _on_stderr() -> contextlib.redirect_stdout:
+def _on_stderr() -> contextlib.redirect_stdout[TextIO]:
     """GPTQModel prints a banner and its log on stdout, where a command's result may be."""
     return contextlib.redirect_stdout(sys.stderr)

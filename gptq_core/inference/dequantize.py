@@ -20,7 +20,7 @@ from gptq_core.checkpoint.reader import INDEX, Checkpoint
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import InputError
 from gptq_core.method import grid
-from gptq_core.model.architecture import load_config
+from gptq_core.model.architecture import load_config, own_dtype
 
 
 def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -33,7 +33,7 @@ def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.
     if os.path.exists(target):  # unlike Path.exists, false for a name that is too long
         raise InputError(f"{target} exists already; name a new folder")
     source = Checkpoint(folder)
-    kind = dtype or load_config(folder).dtype or torch.float16
+    kind = dtype or own_dtype(load_config(folder)) or torch.float16
     format = layout(quantization)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -36,6 +36,30 @@ FEWEST_POSITIONS = 128
 Progress = Callable[[int, int], None]
 
 
+class Figures(TypedDict):
+    """An original model and one quantized from it, on the same positions of a text."""
+
+    original_perplexity: float
+    quantized_perplexity: float
+    kl: float | None
+    """KL(original ‖ quantized) per token. It and the next two are None where only perplexities were computed."""
+    top1_agreement: float | None
+    flips: float | None
+    """Share of positions where one model's top token is right and the other's is not."""
+    tokens: int
+
+
+class PairFigures(Figures):
+    """The figures of a whole text."""
+
+    windows: int
+
+
+class Perplexity(TypedDict):
+    perplexity: float
+    tokens: int
+
+
 class Comparison:
     """Sums over the positions of a text, for the figures of an original model and one quantized from it."""
 
@@ -54,9 +78,7 @@ class Comparison:
             self._flipped += int(((before == targets) != (after == targets)).sum())
         self._count += targets.numel()
 
-    def figures(self) -> dict[str, Any]:
-        """Perplexities; KL(original ‖ quantized) per token, top-1 agreement, and flips, the share of positions where one model's top
-        token is right and the other's is not, all three None without `kl`; and the tokens judged."""
+    def figures(self) -> Figures:
         return {
             "original_perplexity": math.exp(self._nll[0] / self._count),
             "quantized_perplexity": math.exp(self._nll[1] / self._count),
@@ -80,19 +102,22 @@ def load_for_evaluation(path: str, device: str = "auto", revision: str | None = 
     if getattr(config, "quantization_config", None):
         return to_dense(load_quantized(folder, dtype=dtype, device=target))  # unpacked once, not in every forward
     Checkpoint(folder)  # refuses pickle weights with a reason before transformers would load them
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     if report["missing_keys"]:
         # transformers would go on with random numbers in their place
         raise CorruptCheckpointError(f"{folder}: tensors are missing, the first is {sorted(report['missing_keys'])[0]!r}")
-    return model.to(target).eval()
+    model.to(target).eval()  # type: ignore[arg-type]  # transformers decorates `to`, so that its self counts as an argument
+    return model
 
 
 def evaluate_one(
     model_path: str, windows: Windows, *, device: str = "auto", backend: str | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
-    """{"perplexity", "tokens"} of one model, dense or quantized. backend: who runs the quantized linears, as in `load_quantized`."""
+) -> Perplexity:
+    """Perplexity of one model, dense or quantized. backend: who runs the quantized linears, as in `load_quantized`."""
     model = load_for_evaluation(model_path, device, backend=backend)
     losses = window_losses(model, windows, progress)
     return {"perplexity": perplexity(losses, windows), "tokens": windows.count * (windows.seqlen - 1)}
@@ -120,7 +145,7 @@ def evaluate_pair(
     backend: str | None = None,
     stored: str | Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> PairFigures:
     """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token, top-1 agreement and flips.
 
     kl, top1_agreement and flips are None with `kl=False`. backend: who runs the linears of `checkpoint`, as in `load_quantized`.
@@ -131,12 +156,12 @@ def evaluate_pair(
     comparison = Comparison(kl)
     for answer, (found, targets) in zip(originals, _judged(model, windows, progress), strict=True):
         comparison.add(answer.to(found.device), found, targets)
-    return comparison.figures() | {"windows": windows.count}
+    return {**comparison.figures(), "windows": windows.count}
 
 
 def original_bytes(model_path: str, windows: Windows, revision: str | None = None) -> int:
     """Size of the file that `store_original` would write."""
-    vocabulary = load_config(resolve(model_path, revision)).get_text_config(decoder=True).vocab_size
+    vocabulary: int = load_config(resolve(model_path, revision)).get_text_config(decoder=True).vocab_size
     return 4 * windows.count * (windows.seqlen - 1) * vocabulary
 
 
@@ -184,7 +209,8 @@ def pieces(vocabulary: int, seqlen: int) -> tuple[int, int]:
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    return model.config.get_text_config(decoder=True).vocab_size
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
 
 
 def _judged(model: PreTrainedModel, windows: Windows, progress: Progress | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -225,7 +251,8 @@ def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[C
         @torch.no_grad()
         def piece(here: slice) -> Tensor:
             wanted = torch.arange(here.start, here.stop, device=batch.device)
-            return model(input_ids=batch, use_cache=False, logits_to_keep=wanted).logits
+            answer: Tensor = model(input_ids=batch, use_cache=False, logits_to_keep=wanted).logits
+            return answer
 
         yield piece
     finally:

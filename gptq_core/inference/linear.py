@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,11 @@ from gptq_core.model import architecture
 class QuantizedLinear(nn.Module):
     """A linear that runs from its packed tensors; the weight exists only during a forward, in the dtype of the input."""
 
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
     def __init__(self, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bias: Tensor | None, bits: int, format: str) -> None:
         super().__init__()
         self.bits, self.format = bits, format
@@ -28,10 +35,10 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # scales are exact in float16 and nowhere coarser: `.to(bfloat16)` on the model must not round them
         exact = self.scales
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.scales = exact.to(self.scales.device)
         return self
 
@@ -71,7 +78,7 @@ def load_quantized(
     if kernel:
         dtype = kernel.dtype
     elif dtype is None:
-        dtype = torch.float32 if target.type == "cpu" else (config.dtype or torch.float16)
+        dtype = torch.float32 if target.type == "cpu" else (architecture.own_dtype(config) or torch.float16)
     del config.quantization_config  # transformers would otherwise look for kernels of its own
     model = architecture.empty_model(config, dtype)
 
@@ -83,7 +90,7 @@ def load_quantized(
             model.set_submodule(name, _packed_linear(source, locate, name, quantization, module, target))
     packed = {f"{name}.{leaf}" for name, m in model.named_modules() if isinstance(m, QuantizedLinear) for leaf in m.state_dict()}
     absent = {name for name in architecture.tensor_names(model) if name not in packed and locate(name) is None}
-    architecture.fill(model, "", lambda name: source.read(locate(name)), target, dtype, skip=packed | absent)
+    architecture.fill(model, "", lambda name: source.read(locate(name) or name), target, dtype, skip=packed | absent)
     model.tie_weights()
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
@@ -106,19 +113,29 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _packed_linear(source: Checkpoint, locate, name: str, quantization: dict, linear: nn.Linear, device: torch.device) -> QuantizedLinear:
-    def read(leaf: str) -> Tensor | None:
+def _packed_linear(
+    source: Checkpoint,
+    locate: Callable[[str], str | None],
+    name: str,
+    quantization: dict[str, Any],
+    linear: nn.Linear,
+    device: torch.device,
+) -> QuantizedLinear:
+    def read(leaf: str) -> Tensor:
         found = locate(f"{name}.{leaf}")
-        return None if found is None else source.read(found).to(device)
+        return source.read(found or f"{name}.{leaf}").to(device)  # which raises where there is none
 
-    qweight, qzeros, scales, g_idx = (read(leaf) for leaf in ("qweight", "qzeros", "scales", "g_idx"))
+    qweight, qzeros, scales = read("qweight"), read("qzeros"), read("scales")
     # the words tell the width of this layer, also where a checkpoint mixes widths
     bits = qweight.shape[0] * 32 // linear.in_features
-    if g_idx is None:
+    if locate(f"{name}.g_idx"):
+        g_idx = read("g_idx")
+    else:
         g_idx = torch.arange(linear.in_features, dtype=torch.int32, device=device) // (linear.in_features // scales.shape[0])
     if bits not in (2, 3, 4, 8) or qweight.shape[1] != linear.out_features or g_idx.numel() != linear.in_features:
         raise CorruptCheckpointError(
             f"{name}: qweight {tuple(qweight.shape)} and g_idx {tuple(g_idx.shape)} do not fit a linear "
             f"of {linear.in_features} inputs and {linear.out_features} outputs"
         )
-    return QuantizedLinear(qweight, qzeros, scales, g_idx, read("bias"), bits, layout(quantization))
+    bias = read("bias") if locate(f"{name}.bias") else None
+    return QuantizedLinear(qweight, qzeros, scales, g_idx, bias, bits, layout(quantization))
