@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -34,9 +34,31 @@ class Member:
     """Its output is added to the residual stream, whose error it can make up for."""
 
 
+class LayerReport(TypedDict):
+    """How solving a linear went, for the manifest and the run record."""
+
+    name: str
+    """Full name."""
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    loss: float
+    """Sum of `Solution.loss` over the outputs."""
+    relative_error: float | None
+    """`solver.relative_error`; None where the linear was rounded to nearest."""
+    tokens: int
+    """That went into its Hessian."""
+    damp_percent: float | None
+    """The damping that worked; None where none did."""
+    failed_attempts: int | None
+    fallback: str | None
+    """Why the linear was rounded to nearest; None where it was not."""
+
+
 def solve_group(
     members: list[Member], hessian: Hessian, shift: Shift | None, timed: Stages, factorize: Factorize = factorize
-) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
+) -> Iterator[tuple[str, solver.Solution, LayerReport]]:
     """(name, solution, report) of every member. `timed` measures the stages factor, shift and the solver's.
 
     Members of equal config are factored once and solved as the stacked rows of one matrix. Raises FactorizationError, which names
@@ -53,7 +75,7 @@ def solve_group(
 
 def _solve_alike(
     members: list[Member], hessian: Tensor, shift: Shift | None, tokens: int, timed: Stages, factorize: Factorize
-) -> Iterator[tuple[str, solver.Solution, dict[str, Any]]]:
+) -> Iterator[tuple[str, solver.Solution, LayerReport]]:
     config = members[0].config
     weights = torch.cat([member.weight for member in members]) if len(members) > 1 else members[0].weight  # (out of all members, in)
     prepared = damp_percent = failed_attempts = fallback = None
@@ -77,17 +99,17 @@ def _solve_alike(
     parts = [(weight, solved.rows(*span)) for weight, span in zip(weights.split(_rows(members)), _spans(members), strict=True)]
     figures = _figures(parts, prepared)
     del prepared  # whoever is told of a solution makes weights of it
-    for member, (weight, solution), (loss, error, finite) in zip(members, parts, figures, strict=True):
+    for member, (weight, solution), (loss, relative_error, finite) in zip(members, parts, figures, strict=True):
         if not finite:
             raise FactorizationError(f"{member.name}: scales are not finite; its weights are not finite or exceed float16")
-        report = {
+        report: LayerReport = {
             "name": member.name,
             "bits": config.bits,
             "group_size": config.group_size,
             "in_features": weight.shape[1],
             "out_features": weight.shape[0],
             "loss": loss,
-            "relative_error": None if fallback else error,
+            "relative_error": None if fallback else relative_error,
             "tokens": tokens,
             "damp_percent": damp_percent,
             "failed_attempts": failed_attempts,

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gptq_core.block import walk
 from gptq_core.checkpoint.reader import Checkpoint, resolve
@@ -65,7 +65,7 @@ class HiddenStates:
         walk.run(block, self.states, self.calls[index])
 
 
-def check_token_ids(windows: Windows, config: transformers.PretrainedConfig, role: str) -> None:
+def check_token_ids(windows: Windows, config: PretrainedConfig, role: str) -> None:
     """Raise InputError for token ids outside the vocabulary. role: calibration or held-out, for the message."""
     vocabulary = config.get_text_config(decoder=True).vocab_size
     if (largest := int(windows.tokens.max())) >= vocabulary or int(windows.tokens.min()) < 0:
@@ -166,7 +166,7 @@ class BlockStream:
             architecture.empty(block)
 
     @contextmanager
-    def outside_filled(self, without: Iterable[str] = ()) -> Iterator[nn.Module]:
+    def outside_filled(self, without: Iterable[str] = ()) -> Iterator[PreTrainedModel]:
         """The model with its tensors outside the decoder blocks, which leave with the context. without: full names that stay empty."""
         model, blocks = self.decoder.model, self.decoder.blocks
         skip = {*self.decoder.block_tensor_names(), *without}

@@ -42,16 +42,15 @@ class Tuning:
         return self.error_after < self.error_before
 
 
-class _Layer(nn.Module):
+class _Layer:
     """The trainable form of one solution."""
 
     def __init__(self, solution: Solution, max_code: int) -> None:
-        super().__init__()
+        assert solution.latents is not None, "solved without tuning_steps"
         self.solution, self.max_code = solution, max_code
         self.latent = nn.Parameter(solution.latents.clone())
         self.scale = nn.Parameter(solution.scales.float())
-        self.register_buffer("zero", solution.zeros.float())
-        self.group = solution.g_idx.long()
+        self.zero, self.group = solution.zeros.float(), solution.g_idx.long()
 
     def weight(self) -> Float[Tensor, "out columns"]:
         inside = self.latent.clamp(0, self.max_code)
@@ -82,7 +81,7 @@ def tune(
     """
     held_out = max(1, len(inputs) // HELD_OUT)
     driving = len(inputs) - held_out
-    layers = nn.ModuleDict({name.replace(".", "/"): _Layer(solution, max_codes[name]) for name, solution in solutions.items()})
+    layers = {name: _Layer(solution, max_codes[name]) for name, solution in solutions.items()}
     rates = [{"params": [layer.latent], "lr": LATENT_RATE} for layer in layers.values()]
     rates += [{"params": [layer.scale], "lr": SCALE_RATE * float(layer.scale.detach().abs().mean())} for layer in layers.values()]
     optimizer = torch.optim.Adam(rates, betas=BETAS)
@@ -92,12 +91,12 @@ def tune(
 
     def error(windows: Tensor, weights: dict[str, Tensor]) -> Tensor:
         part = call.cut(len(windows))
-        found = functional_call(block, weights, (inputs[windows], *part.args), part.kwargs)
-        found = found[0] if isinstance(found, tuple) else found
+        result = functional_call(block, weights, (inputs[windows], *part.args), part.kwargs)
+        found: Tensor = result[0] if isinstance(result, tuple) else result
         return (found.float() - outputs[windows].float()).square().mean()
 
     def weights() -> dict[str, Tensor]:
-        return {f"{name.replace('/', '.')}.weight": layer.weight().to(dtype) for name, layer in layers.items()}
+        return {f"{name}.weight": layer.weight().to(dtype) for name, layer in layers.items()}
 
     @torch.no_grad()
     def judge(found: dict[str, Solution]) -> float:
@@ -113,6 +112,6 @@ def tune(
             (error(part, weights()) * len(part) / len(chosen)).backward()
         optimizer.step()
         schedule.step()
-    tuned = {name.replace("/", "."): layer.solved() for name, layer in layers.items()}
+    tuned = {name: layer.solved() for name, layer in layers.items()}
     result = Tuning(steps, before, judge(tuned))
     return (tuned if result.kept else solutions), result

@@ -110,6 +110,7 @@ def walk(
     def stage(number: int, group: InputGroup, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             coroutine = getcurrent()
+            assert isinstance(coroutine, Coroutine)
             if (name, coroutine.batch) in called:
                 raise _called_again(name)
             called.add((name, coroutine.batch))
@@ -120,13 +121,13 @@ def walk(
                 hessians[number] = Hessian(group.in_features, args[0].device)
             with timed("hessian"):
                 hessians[number].add(args[0])
-            if original is not None:
-                lost = coroutine.lost() if original.writers.intersection(group.names) else None
+            if original is not None and coroutine.shadow is not None:
+                lost = coroutine.shadow.lost_by(coroutine) if original.writers.intersection(group.names) else None
                 inputs = coroutine.shadow.inputs_of(number)  # resumes the shadow
                 with timed("shift"):
                     shifts.setdefault(number, Shift()).add(args[0], inputs, lost)
             if true_sequential:
-                coroutine.parent.switch(number)
+                coroutine.wait(number)
 
         return hook
 
@@ -139,15 +140,16 @@ def walk(
     try:
         waiting: dict[int, list[Coroutine]] = {}
         ready = [Coroutine(block, batch, hidden_states, calls) for batch in range(len(hidden_states))]
-        for coroutine in ready if original is not None else ():
-            coroutine.shadow = Shadow(original.block, coroutine.batch, original.hidden_states, calls)
+        if original is not None:
+            for coroutine in ready:
+                coroutine.shadow = Shadow(original.block, coroutine.batch, original.hidden_states, calls)
         while True:
             for coroutine in ready:
                 at = coroutine.switch()
                 if not coroutine.dead:
                     waiting.setdefault(at, []).append(coroutine)
                     continue
-                if original is not None:
+                if original is not None and coroutine.shadow is not None:
                     original.hidden_states[coroutine.batch] = coroutine.shadow.outputs()
                 if true_sequential:
                     hidden_states[coroutine.batch] = at
@@ -170,7 +172,7 @@ def _given_up_after(passes: int, linear: nn.Linear) -> RemovableHandle:
     """A hook that releases the weight of a linear after so many forwards. One that some batch goes around keeps it."""
     left = itertools.count(passes - 1, -1)
 
-    def hook(module: nn.Module, _args: tuple[Any, ...], _output: Tensor) -> None:
+    def hook(module: nn.Linear, _args: tuple[Any, ...], _output: Tensor) -> None:
         if next(left) == 0:
             module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
 
@@ -193,14 +195,17 @@ class Original:
         def hand_over(number: int) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 shadow = getcurrent()
+                assert isinstance(shadow, Shadow)
                 if number not in shadow.passed:
                     shadow.passed.add(number)
-                    shadow.parent.switch((number, args[0]))
+                    shadow.wait((number, args[0]))
 
             return hook
 
         def sum_up(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            getcurrent().written += output.flatten(0, -2)
+            coroutine = getcurrent()
+            assert isinstance(coroutine, Coroutine)
+            coroutine.written += output.flatten(0, -2)
 
         handles = [self.linears[n].register_forward_pre_hook(hand_over(i)) for i, group in enumerate(groups) for n in group.names]
         return handles + [which[name].register_forward_hook(sum_up) for which in (linears, self.linears) for name in self.writers]
@@ -245,11 +250,10 @@ class Coroutine(greenlet):
         hidden = self._hidden_states[self.batch]
         return self._calls[hidden.shape[0]](self._block, hidden)
 
-    def lost(self) -> Tensor:
-        """r - r̃, (tokens, hidden): the residual stream of the original model less that of the quantized one, as both stand now."""
-        shadow = self.shadow
-        entered = shadow._hidden_states[self.batch] - self._hidden_states[self.batch]
-        return entered.flatten(0, -2) + (shadow.written - self.written)
+    def wait(self, value: Any) -> None:
+        """Switch to the hub, or to whoever resumed this coroutine, with a value."""
+        assert self.parent is not None
+        self.parent.switch(value)
 
 
 class Shadow(Coroutine):
@@ -262,6 +266,7 @@ class Shadow(Coroutine):
     def inputs_of(self, number: int) -> Tensor:
         """The original inputs of a group; groups are asked for in call order."""
         self.parent = getcurrent()
+        inputs: Tensor
         reached, inputs = self.switch()
         if reached != number:
             raise UnsupportedModelError(
@@ -272,7 +277,12 @@ class Shadow(Coroutine):
     def outputs(self) -> Tensor:
         """The original block's outputs."""
         self.parent = getcurrent()
-        found = self.switch()
+        found: Tensor = self.switch()
         while not self.dead:  # at a group that the other did not ask for
             found = self.switch()
         return found
+
+    def lost_by(self, coroutine: Coroutine) -> Tensor:
+        """r - r̃, (tokens, hidden): the residual stream of the original model less that of the quantized one, as both stand now."""
+        entered = self._hidden_states[self.batch] - coroutine._hidden_states[self.batch]
+        return entered.flatten(0, -2) + (self.written - coroutine.written)
