@@ -53,7 +53,7 @@ def quantize(model: Path, out: Path, config: QuantizeConfig, tokens: Windows | N
     with Quantization.open(str(model), config, tokens or windows(), out, device="cpu") as run:
         for index in range(run.block_count):
             run.quantize_block(index)
-        hidden = torch.cat(run._states.states) if run._states else None
+        hidden = torch.cat(run._captured.states) if run._captured else None
         return run.assemble() | {"hidden": hidden}
 
 

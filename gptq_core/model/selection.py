@@ -80,7 +80,8 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Sele
     }
     if config.lm_head:
         head = _head(decoder)
-        linears[head] = source.header(source_name(decoder.model, f"{head}.weight", source.__contains__))[1][::-1]
+        out, columns = decoder.model.get_parameter(f"{head}.weight").shape
+        linears[head] = columns, out
     layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
     unpackable: dict[str, str] = {}
@@ -249,7 +250,8 @@ def _check_tensors(source: Checkpoint, decoder: Decoder) -> None:
         if there and (shape := source.header(there)[1]) != expected[name]:
             raise InputError(f"{name}: shape {shape} on disk, {expected[name]} by config.json; the two do not belong together")
     for name, twin in tied.items():
-        if found.get(name) and found.get(twin) and not torch.equal(source.read(found[name]), source.read(found[twin])):
+        own, other = found.get(name), found.get(twin)
+        if own and other and not torch.equal(source.read(own), source.read(other)):
             raise InputError(
                 f"{source.folder}: config.json ties {name} to {twin}, but the folder holds two different tensors; "
                 "set tie_word_embeddings to false in config.json if both are meant"
@@ -266,11 +268,10 @@ def _choices(sizes: list[tuple[int, int]]) -> str:
     return f"; group sizes that fit{'' if len(columns) == len(sizes) else ' the other layers'}: {', '.join(fitting)} or -1"
 
 
-def bits_on_disk(layer: dict[str, Any]) -> int:
-    """Bits of the packed tensors of one layer, scales, zeros and g_idx included."""
-    columns, out, bits = layer["in_features"], layer["out_features"], layer["bits"]
-    groups = 1 if layer["group_size"] == -1 else columns // layer["group_size"]
-    return columns * out * bits + groups * out * (16 + bits) + columns * 32
+def bits_on_disk(in_features: int, out_features: int, bits: int, group_size: int) -> int:
+    """Bits of the packed tensors of one linear, scales, zeros and g_idx included."""
+    groups = 1 if group_size == -1 else in_features // group_size
+    return in_features * out_features * bits + groups * out_features * (16 + bits) + in_features * 32
 
 
 def units_of(selection: Selection) -> dict[str, list[str]]:

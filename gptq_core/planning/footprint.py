@@ -55,7 +55,8 @@ class Footprint:
     @property
     def live(self) -> list[int]:
         """Held while the window waits at each group, without what entered."""
-        held, found = {}, []
+        held: dict[int, int] = {}
+        found = []
         for part in self.events[:-1]:
             held |= dict(part)
             found.append(sum(held.values()))
@@ -64,7 +65,8 @@ class Footprint:
     @property
     def highest(self) -> int:
         """Held at the fullest moment."""
-        held, most = {}, 0
+        held: dict[int, int] = {}
+        most = 0
         for number, size in (event for part in self.events for event in part):
             held[number] = size
             most = max(most, sum(held.values()))
@@ -75,7 +77,7 @@ class _Follow(TorchDispatchMode):
     """Follows storages. Views of what was there before, and the tensors that come in from outside, are nobody's making."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.parts: list[list[tuple[int, int]]] = [[]]
         self._alive: dict[int, StorageWeakRef] = {}
         self._count = 0
@@ -112,7 +114,8 @@ class _Fused(TorchFunctionMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 @torch.no_grad()
@@ -120,11 +123,12 @@ def footprints(decoder: Decoder, seqlen: int) -> list[Footprint]:
     """One for each kind of block, by the sizes of its linears, of a decoder on the meta device. It is left as it was."""
     kinds = {tuple(_sizes(block)): index for index, block in reversed(list(enumerate(decoder.blocks)))}
     for module in architecture.outside(decoder.model, decoder.blocks):
-        for tensors in (module._parameters, module._buffers):
-            for name, value in tensors.items():
-                if value is not None and value.is_meta:
-                    zero = torch.zeros((), dtype=value.dtype).expand(value.shape)  # one number, whatever the shape
-                    tensors[name] = nn.Parameter(zero, requires_grad=False) if tensors is module._parameters else zero
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                module._parameters[name] = nn.Parameter(_zero(weight), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _zero(buffer)
     try:
         ids = torch.zeros(1, seqlen, dtype=torch.long)
         hidden, calls = capture.capture(decoder.model.base_model, decoder.blocks, [ids], as_tuple=False)
@@ -134,12 +138,18 @@ def footprints(decoder: Decoder, seqlen: int) -> list[Footprint]:
             architecture.empty(module)
 
 
+def _zero(like: Tensor) -> Tensor:
+    """One number, whatever the shape."""
+    return torch.zeros((), dtype=like.dtype).expand(like.shape)
+
+
 def _sizes(block: nn.Module) -> list[tuple[str, int, int]]:
     return [(name, linear.in_features, linear.out_features) for name, linear in architecture.linears_of(block).items()]
 
 
 def _on_meta(call: capture.Call) -> capture.Call:
-    return capture.Call(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (call.args, call.kwargs)), call.size)
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (call.args, call.kwargs))
+    return capture.Call(args, kwargs, call.size)
 
 
 def _look(block: nn.Module, hidden: Tensor, call: capture.Call) -> Footprint:

@@ -65,14 +65,14 @@ def plan(model_path: str, config: QuantizeConfig, revision: str | None = None) -
     """
     folder = resolve(model_path, revision)
     model_config = architecture.load_config(folder)
-    own = model_config.dtype  # an empty model writes its own into the config
+    own = architecture.own_dtype(model_config)  # an empty model writes its own into the config
     decoder = architecture.find_decoder(architecture.empty_model(model_config, torch.float32))
     source, notes = (Presumed(folder, decoder, own), (PRESUMED,)) if _only_config(folder) else (Checkpoint(folder), ())
     chosen = selection.select(source, decoder, config)
     weights = packed = 0
     for layer in chosen.layers.values():
         weights += layer.in_features * layer.out_features
-        packed += _bits_on_disk(layer)
+        packed += selection.bits_on_disk(layer.in_features, layer.out_features, layer.config.bits, layer.config.group_size)
     shards = list(_shards(source, decoder, chosen))
     carried = sum(path.stat().st_size for pattern in CARRIED for path in folder.glob(pattern) if path.is_file())
     names = sum(map(len, shards))
@@ -166,8 +166,3 @@ def _file_bytes(tensors: dict[str, Header]) -> int:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = len(json.dumps(header, separators=(",", ":")))
     return 8 + -(-text // 8) * 8 + end
-
-
-def _bits_on_disk(layer: selection.Layer) -> int:
-    sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
-    return selection.bits_on_disk(sizes | {"bits": layer.config.bits, "group_size": layer.config.group_size})

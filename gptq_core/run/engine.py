@@ -19,14 +19,14 @@ import hashlib
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from gptq_core.block import walk
-from gptq_core.block.group import Member, solve_group
+from gptq_core.block.group import LayerReport, Member, solve_group
 from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids
 from gptq_core.block.tuning import tune
 from gptq_core.checkpoint import card
@@ -41,12 +41,29 @@ from gptq_core.model import architecture, selection
 from gptq_core.model.selection import Selection
 from gptq_core.run import assembly
 from gptq_core.run.identity import content_key, identity
-from gptq_core.run.summary import distribution, summarize
+from gptq_core.run.summary import LayerRecord, Summary, distribution, summarize
 from gptq_core.runtime import heap
 
 LARGE_GROUP = 4096
 """Inputs from which solving takes so much memory and time that the heap's free pages are given back before: the forward that follows
 must fault them in again, which on a small model is a tenth of the whole run."""
+
+
+class BlockRecord(TypedDict):
+    """What quantizing or replaying a block took and made."""
+
+    block: int
+    resumed: bool
+    """It was on disk."""
+    seconds: float
+    layers: list[LayerRecord]
+
+
+class Published(Summary):
+    """The summary of a checkpoint, and where it is."""
+
+    path: str
+    manifest_sha256: str
 
 
 class Quantization:
@@ -60,7 +77,7 @@ class Quantization:
         self.finished = False
         head = architecture.head_name(stream.decoder.model)
         self._head = head if head in selected.layers else None
-        self._states: HiddenStates | None = None
+        self._captured: HiddenStates | None = None
         self._original: HiddenStates | None = None  # the same batches in the original model, where targets are shifted
         self._position = -1  # the block that the states enter; -1: none, capture comes first
         # on a GPU a block is written while the next one is quantized; a CPU would only share its time between the two
@@ -111,7 +128,7 @@ class Quantization:
         planned = dict.fromkeys(
             backends.Layer.planned(layer.config, layer.in_features, layer.out_features) for layer in self.selection.layers.values()
         )
-        own = architecture.load_config(self.stream.source.folder).dtype
+        own = architecture.own_dtype(architecture.load_config(self.stream.source.folder))
         return backends.choose(self.config.backend, planned, self.stream.device, dtype, own)
 
     def __enter__(self) -> Quantization:
@@ -122,7 +139,7 @@ class Quantization:
 
     def close(self) -> None:
         """Release the lock and the memory. Finished blocks stay on disk."""
-        self._states = self._original = None
+        self._captured = self._original = None
         self.stream.close()
         self.output.close()
 
@@ -130,6 +147,12 @@ class Quantization:
     def stage_seconds(self) -> dict[str, float]:
         """Seconds by stage so far."""
         return self.stream.timed.seconds
+
+    @property
+    def _states(self) -> HiddenStates:
+        """The calibration batches; there from `capture` to `close`."""
+        assert self._captured is not None
+        return self._captured
 
     def _text(self) -> dict[str, Any]:
         """Where the calibration tokens came from, for the record: the same tokens by another name are the same work."""
@@ -142,7 +165,7 @@ class Quantization:
 
     # -- one block after the other ------------------------------------------------------------------------------------
 
-    def capture(self) -> dict[str, Any]:
+    def capture(self) -> dict[str, int]:
         """Run the model up to its first block on every calibration batch. Also the way back to the start after a failure."""
         if self.config.allocate:
             raise InputError(
@@ -151,7 +174,7 @@ class Quantization:
             )
         self._position = -1
         self.output.settle()
-        [self._states] = self.stream.enter(self.windows)
+        [self._captured] = self.stream.enter(self.windows)
         self._original = self._states.copy() if self.config.target_shift else None
         self._position = 0
         return {
@@ -160,7 +183,7 @@ class Quantization:
             "hidden_size": self._states.states[0].shape[-1],
         }
 
-    def quantize_block(self, index: int) -> dict[str, Any]:
+    def quantize_block(self, index: int) -> BlockRecord:
         """Quantize one decoder block and commit it to disk, or replay it if that is already done. On a GPU the block is on disk when
         the next one, or `assemble`, comes back; an error in writing it is raised there.
 
@@ -187,10 +210,10 @@ class Quantization:
         # until this block is through, the states belong to no block: after a failure the next call captures again
         self._position = -1
         resumed = record is not None
-        if resumed:
-            self._replay(index)
-        else:
+        if record is None:
             record = self._quantize(index)
+        else:
+            self._replay(index)
         self._position = index + 1
         return record, resumed
 
@@ -218,13 +241,13 @@ class Quantization:
         with self.stream.filled(index, tensors.__getitem__) as block:
             self.stream.read_ahead(index + 1)
             work = _Block(self, index, block, tensors)
-            work.walk()
+            work.quantize()
             return work.commit()
 
-    def assemble(self) -> dict[str, Any]:
+    def assemble(self) -> Published:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
         if self.finished:
-            return self.output.records[-1]["summary"] | self._published()
+            return self._published(self.output.records[-1]["summary"])
         self.output.settle()
         for index in range(self.block_count):
             if not self.output.block(index):  # its writing failed, which its own call could not tell
@@ -233,7 +256,7 @@ class Quantization:
         source, decoder = self.stream.source, self.stream.decoder
         with self.stream.timed("write"):
             rest, unused = assembly.outside_blocks(decoder, source)
-            head = self._quantize_head(rest) if self._head else []
+            head = self._quantize_head(self._head, rest) if self._head else []
             self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest", "layers": head})
             size = assembly.write_index(self.output)
             assembly.write_configs(self.output, source.folder, decoder, self.config, self.selection, self.meta)
@@ -241,14 +264,14 @@ class Quantization:
             details = self.output.records[0] | {"summary": summary, "model_type": decoder.model.config.model_type}
             self.output.write_text("README.md", card.render(details, None))
             self.output.publish(summary)
-        return summary | self._published()
+        return self._published(summary)
 
-    def _quantize_head(self, rest: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def _quantize_head(self, name: str, rest: dict[str, Tensor]) -> list[LayerRecord]:
         """Replace the head's weight among the tensors outside the blocks by its packed form; its report.
 
         Its inputs are the outputs of the last quantized block, taken through what stands between the two.
         """
-        stream, name = self.stream, self._head
+        stream = self.stream
         self._reach(self.block_count)
         with stream.outside_filled(without=[f"{name}.weight"]) as model:
             hessian = stream.head_hessian(self._states, model.get_output_embeddings())
@@ -256,11 +279,11 @@ class Quantization:
         [(_, solution, report)] = solve_group([Member(name, weight, self.selection.layers[name].config)], hessian, None, stream.timed)
         own = {n: rest.pop(n) for n in list(rest) if n.rpartition(".")[0] == name}
         rest |= assembly.packed(own, {name: solution}, self.selection)
-        return [report | distribution(solution, self.selection.layers[name].config.bits)]
+        return [{**report, **distribution(solution, self.selection.layers[name].config.bits)}]
 
-    def _published(self) -> dict[str, Any]:
+    def _published(self, summary: Summary) -> Published:
         manifest = (self.output.out / "manifest.jsonl").read_bytes()
-        return {"path": str(self.output.out), "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+        return {**summary, "path": str(self.output.out), "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
 
 
 class _Block:
@@ -273,12 +296,12 @@ class _Block:
         self.configs = configs
         self.linears = {name: linears[name] for name in configs}
         self.solutions: dict[str, solver.Solution] = {}
-        self.reports: dict[str, dict[str, Any]] = {}
+        self.reports: dict[str, LayerReport] = {}
         self.tuning: dict[str, Any] | None = None
         self.writers: frozenset[str] = frozenset()
         """Linears that write to the residual stream and make up for its error."""
 
-    def walk(self) -> None:
+    def quantize(self) -> None:
         """Solve every linear, and take the run's hidden states through the block."""
         stream, config = self.stream, self.run.config
         with stream.timed("forward"):
@@ -332,6 +355,7 @@ class _Block:
     def _tune(self, inputs: list[Tensor]) -> None:
         """Tune the solutions against the original block's outputs; then the weights and hidden states are those of the tuned ones."""
         run, path = self.run, f"{self.path}."
+        assert run._original is not None  # tuning_steps works only with target_shift
         inner = {name.removeprefix(path): solution for name, solution in self.solutions.items()}
         codes = {name: self.configs[name].max_code for name in inner}
         outputs, call = torch.cat(run._original.states), run._states.call(self.index)
@@ -347,11 +371,12 @@ class _Block:
         """Pack the block and write its shard; the record of both."""
         run, timed = self.run, self.stream.timed
         with timed("pack"):
-            for name, solution in self.solutions.items():
-                self.reports[name] |= distribution(solution, run.selection.layers[name].config.bits)
+            layers: list[LayerRecord] = [
+                {**self.reports[name], **distribution(solution, run.selection.layers[name].config.bits)}
+                for name, solution in self.solutions.items()
+            ]
             shard = assembly.packed(self.tensors, self.solutions, run.selection)
-        record = {"kind": "block", "block": self.index, "layers": list(self.reports.values())}
-        record |= {"tuning": self.tuning} if self.tuning else {}
+        record = {"kind": "block", "block": self.index, "layers": layers} | ({"tuning": self.tuning} if self.tuning else {})
         if not run._writes_beside:
             with timed("write"):
                 return run.output.write_shard(run._file(self.index), shard, record)

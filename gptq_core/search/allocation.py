@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids, quantized
 from gptq_core.checkpoint.format import FUSED
-from gptq_core.config import QuantizeConfig
+from gptq_core.config import Allocate, QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.errors import FactorizationError, InputError
 from gptq_core.inference.evaluation import log_probabilities
@@ -121,20 +121,25 @@ def allocate(
         check_token_ids(windows, stream.decoder.model.config, "calibration")
         selected = select(stream.source, stream.decoder, plain)
         budget_of(config, selected)
-        probes = UnitProbes(stream, selected, config.allocate.bits)
+        probes = UnitProbes(stream, selected, _wanted(config).bits)
         return choose(config, selected, probes.measure(windows, progress or (lambda done, total: None)))
 
 
 def presumed(config: QuantizeConfig, selection: Selection) -> Allocation:
     """An allocation under the budget before anything is known: every weight counts 4⁻ᵇⁱᵗˢ."""
-    found = {
-        name: {bits: 4.0**-bits * weights_of(selection, members) for bits in config.allocate.bits}
-        for name, members in units_of(selection).items()
+    widths = _wanted(config).bits
+    found: dict[str, dict[int, float]] = {
+        name: {bits: 4.0**-bits * weights_of(selection, members) for bits in widths} for name, members in units_of(selection).items()
     }
     return choose(config, selection, {name: (losses, losses) for name, losses in found.items()})
 
 
 # -- units and budget -----------------------------------------------------------------------------------------------------
+
+
+def _wanted(config: QuantizeConfig) -> Allocate:
+    assert config.allocate is not None, "this module is for configs with `allocate`"
+    return config.allocate
 
 
 def weights_of(selection: Selection, members: Iterable[str]) -> int:
@@ -143,17 +148,19 @@ def weights_of(selection: Selection, members: Iterable[str]) -> int:
 
 def _sizes(config: QuantizeConfig, selection: Selection, members: list[str]) -> list[int]:
     """Bits that a unit takes of the budget at each width."""
-    if config.allocate.budget_bpw is not None:
-        return [bits * weights_of(selection, members) for bits in config.allocate.bits]
-    layers = [dataclasses.asdict(selection.layers[name]) | {"group_size": config.group_size} for name in members]
-    return [sum(bits_on_disk(layer | {"bits": bits}) for layer in layers) for bits in config.allocate.bits]
+    wanted = _wanted(config)
+    if wanted.budget_bpw is not None:
+        return [bits * weights_of(selection, members) for bits in wanted.bits]
+    layers = [selection.layers[name] for name in members]
+    return [sum(bits_on_disk(layer.in_features, layer.out_features, bits, config.group_size) for layer in layers) for bits in wanted.bits]
 
 
 def budget_of(config: QuantizeConfig, selection: Selection) -> int:
     """The budget in bits. Raises InputError where no choice of widths is as small, or none as large."""
-    units, wanted = units_of(selection), config.allocate
+    units, wanted = units_of(selection), _wanted(config)
     if wanted.budget_bpw is not None:
         return math.floor(wanted.budget_bpw * weights_of(selection, selection.layers))
+    assert wanted.budget_gb is not None  # one of the two budgets is there
     sizes = [_sizes(config, selection, members) for members in units.values()]
     least, most = (sum(size[end] for size in sizes) / 8e9 for end in (0, -1))
     if not least <= wanted.budget_gb <= most:
@@ -169,7 +176,7 @@ def budget_of(config: QuantizeConfig, selection: Selection) -> int:
 
 def choose(config: QuantizeConfig, selection: Selection, costs: UnitCosts) -> Allocation:
     """The widths of the least total KL within the budget."""
-    members, widths = units_of(selection), config.allocate.bits
+    members, widths = units_of(selection), _wanted(config).bits
     divergences = [[costs[name][1][bits] for bits in widths] for name in members]
     sizes = [_sizes(config, selection, names) for names in members.values()]
     picks = knapsack(divergences, sizes, budget_of(config, selection))
@@ -239,7 +246,7 @@ Probe = dict[nn.Linear, Tensor]
 class UnitProbes:
     """The original stream through all blocks, and beside it others, in each of which one unit alone is quantized."""
 
-    def __init__(self, stream: BlockStream, selected: Selection, widths: list[int]) -> None:
+    def __init__(self, stream: BlockStream, selected: Selection, widths: Sequence[int]) -> None:
         self._stream, self._selection, self._widths = stream, selected, widths
         self._unit_of = {member: unit for unit, members in units_of(selected).items() for member in members}
         self._losses: dict[str, dict[int, float]] = {}
@@ -302,9 +309,9 @@ class UnitProbes:
     def _divergences(self, states: HiddenStates, count: int) -> dict[tuple[str, int], float]:
         """KL(original || variant) a token of every variant, and of the original with its head quantized where that takes part."""
         with self._stream.outside_filled() as model:
-            name, head = head_name(model), model.get_output_embeddings()
-            heads: dict[tuple[str, int], Probe] = {}
-            if name in self._selection.layers:
+            name, heads = head_name(model), dict[tuple[str, int], Probe]()
+            if name is not None and name in self._selection.layers:
+                head = model.get_output_embeddings()
                 heads = self._solve({name: head}, self._stream.head_hessian(states, head))
             total = dict.fromkeys((*self._variants, *heads), 0.0)
             for window in range(count):

@@ -138,10 +138,12 @@ class _Cell:
     config: QuantizeConfig
     """As it is solved."""
     selection: Selection
-    sizes: dict[str, Any]
+    bits_per_weight: float
+    bytes: int
+    original_bytes: int
     set_aside: tuple[str, ...]
     states: HiddenStates | None = None
-    """Of the held-out windows, in this cell."""
+    """Of the held-out windows, in this cell; None before they enter the model, and for a cell that has failed."""
     solutions: dict[str, solver.Solution] = field(default_factory=dict)
     """Of the block at hand, by full names; at last of the head."""
     fallbacks: list[str] = field(default_factory=list)
@@ -175,10 +177,20 @@ class _Cell:
         return {linears[name]: solution.weight(dtype) for name, solution in self.solutions.items()}
 
     def result(self) -> Screened:
-        keys = ("original_perplexity", "quantized_perplexity", "kl", "top1_agreement")
-        figures = dict.fromkeys(keys) if self.error else {key: self.comparison.figures()[key] for key in keys}
-        course = {"seconds": self.seconds, "set_aside": self.set_aside, "fallback_layers": tuple(self.fallbacks), "error": self.error}
-        return Screened(**figures, **self.sizes, **course)
+        figures = None if self.error else self.comparison.figures()
+        return Screened(
+            original_perplexity=figures and figures["original_perplexity"],
+            quantized_perplexity=figures and figures["quantized_perplexity"],
+            kl=figures and figures["kl"],
+            top1_agreement=figures and figures["top1_agreement"],
+            bits_per_weight=self.bits_per_weight,
+            bytes=self.bytes,
+            original_bytes=self.original_bytes,
+            seconds=self.seconds,
+            set_aside=self.set_aside,
+            fallback_layers=tuple(self.fallbacks),
+            error=self.error,
+        )
 
 
 def _cell(folder: str, name: str, config: QuantizeConfig) -> _Cell:
@@ -187,8 +199,8 @@ def _cell(folder: str, name: str, config: QuantizeConfig) -> _Cell:
         planned = plan(folder, plain)
     except InputError as error:
         raise type(error)(f"configs[{name!r}]: {error}") from error
-    sizes = {"bits_per_weight": planned.bits_per_weight, "bytes": planned.bytes, "original_bytes": planned.original_bytes}
-    return _Cell(name, plain, planned.selection, sizes, tuple(key for key, off in SET_ASIDE.items() if getattr(config, key) != off))
+    set_aside = tuple(key for key, off in SET_ASIDE.items() if getattr(config, key) != off)
+    return _Cell(name, plain, planned.selection, planned.bits_per_weight, planned.bytes, planned.original_bytes, set_aside)
 
 
 class _Factors:
@@ -225,39 +237,41 @@ class _Screening:
             on_block(index + 1, self._stream.block_count)
         self._compare(states, original, pieces(vocabulary_of(self._stream.decoder.model), heldout.seqlen)[0])
 
-    def _alive(self) -> list[_Cell]:
-        return [cell for cell in self._cells if not cell.error]
+    def _alive(self) -> list[tuple[_Cell, HiddenStates]]:
+        """The cells that have not failed, with their held-out windows."""
+        return [(cell, cell.states) for cell in self._cells if cell.states is not None]
 
     def _pass(self, index: int, states: HiddenStates, original: HiddenStates) -> None:
         stream = self._stream
-        names = dict.fromkeys(name for cell in self._alive() for name in cell.selection.in_block(index))
+        names = dict.fromkeys(name for cell, _ in self._alive() for name in cell.selection.in_block(index))
         with stream.pass_original(index, states, names, self._solve) as block:
             linears = {f"{stream.path(index)}.{name}": linear for name, linear in linears_of(block).items()}
             original.run(block, index)
-            for cell in self._alive():
+            for cell, heldout in self._alive():
                 with quantized(cell.weights(linears, stream.dtype)):
-                    cell.states.run(block, index)
+                    heldout.run(block, index)
                 cell.solutions = {}
 
     def _solve(self, modules: dict[str, nn.Linear], hessian: Hessian) -> None:
         factors = _Factors()
-        for cell in self._alive():
+        for cell, _ in self._alive():
             cell.solve(modules, hessian, self._stream.timed, factors)
 
     def _compare(self, states: HiddenStates, original: HiddenStates, at_once: int) -> None:
         """Solve the head where it takes part, and compare the cells with the original, `at_once` windows at a time."""
         stream = self._stream
         with stream.outside_filled() as model:
-            name, head = head_name(model), model.get_output_embeddings()
-            if any(name in cell.selection.layers for cell in self._alive()):
-                self._solve({name: head}, stream.head_hessian(states, head))
+            name, heads = head_name(model), dict[str, nn.Linear]()
+            if name is not None and any(name in cell.selection.layers for cell, _ in self._alive()):
+                heads[name] = model.get_output_embeddings()
+                self._solve(heads, stream.head_hessian(states, heads[name]))
             states.states = []
             for number, batch in enumerate(original.batches):
                 for start in range(0, len(batch), at_once):
                     here = slice(start, start + at_once)
                     targets = batch[here][:, 1:].flatten()
                     answers = log_probabilities(stream.logits(batch[here], original.states[number][here]))
-                    for cell in self._alive():
-                        with quantized(cell.weights({name: head}, stream.dtype)):
-                            found = log_probabilities(stream.logits(batch[here], cell.states.states[number][here]))
+                    for cell, heldout in self._alive():
+                        with quantized(cell.weights(heads, stream.dtype)):
+                            found = log_probabilities(stream.logits(batch[here], heldout.states[number][here]))
                             cell.comparison.add(answers, found, targets)

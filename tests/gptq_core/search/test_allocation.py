@@ -1,6 +1,5 @@
 """Widths under a budget: the choice against all choices, the losses against the engine's, the KL against the dense model's."""
 
-import dataclasses
 import itertools
 import json
 import random
@@ -92,7 +91,7 @@ def test_the_budget_is_kept_and_used(model, chosen, budget):
 def test_a_budget_in_gigabytes_is_the_size_on_disk(model, tmp_path):
     least, most = (plan(str(model), QuantizeConfig(**W | {"bits": bits})) for bits in (2, 8))
     smallest, largest = (
-        sum(bits_on_disk(dataclasses.asdict(layer) | {"bits": bits, "group_size": layer.config.group_size}) for layer in layers) / 8e9
+        sum(bits_on_disk(layer.in_features, layer.out_features, bits, layer.config.group_size) for layer in layers) / 8e9
         for bits, layers in ((2, least.selection.layers.values()), (8, most.selection.layers.values()))
     )
     budget = (smallest + largest) / 2
