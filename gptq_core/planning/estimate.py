@@ -102,7 +102,7 @@ def estimate(
     target, here = _device(device)
     costs = _Costs(found, config, texts, target, _dtype(dtype, found, target))
     stages, on_cpu = costs.stages(), target.type == "cpu"
-    mapped = max(0, found.original_bytes - costs.weights * found.dtype.itemsize)
+    mapped = max(0, found.original_bytes - costs.weights * costs.stored.itemsize)
     host, device_bytes = process_bytes + mapped + max(stages.values()), 0
     if on_cpu and stages["evaluation"] + costs.read_again > max(stages.values()):
         mapped += costs.read_again
@@ -154,7 +154,8 @@ class _Costs:
         self.found, self.config, self.texts, self.device, self.dtype = found, config, texts, device, dtype
         model_config = found.decoder.model.config
         text_config = model_config.get_text_config(decoder=True)
-        self.hidden, self.vocabulary = text_config.hidden_size, text_config.vocab_size
+        self.hidden: int = text_config.hidden_size
+        self.vocabulary: int = text_config.vocab_size
         self.tokens = texts.windows * texts.seqlen
         self.judged = (texts.evaluation_windows or 0) * texts.evaluation_seqlen
         self.shifted = config.target_shift > 0
@@ -164,7 +165,7 @@ class _Costs:
             decoder = architecture.find_decoder(architecture.empty_model(copy.deepcopy(model_config), dtype))
         self.kinds = footprints(decoder, texts.seqlen)
         self.at_once = max(1, TOKENS_PER_FORWARD.get(device.type, TOKENS_PER_FORWARD["cuda"]) // texts.seqlen)
-        blocks = [sum(value.numel() for value in block.state_dict().values()) for block in found.decoder.blocks]
+        blocks: list[int] = [sum(value.numel() for value in block.state_dict().values()) for block in found.decoder.blocks]
         self.block = max(blocks)
         self.weights = sum(blocks)
         names = {name: tensor.numel() for name, tensor in found.decoder.model.state_dict().items()}
@@ -175,11 +176,12 @@ class _Costs:
         self.products = solver.products_dtype(dtype, device)
         self.chunk = solver.ROWS_AT_ONCE.get(device.type, solver.ROWS_AT_ONCE["cuda"])
         self.chunks_at_once = torch.get_num_threads() if device.type == "cpu" else 1
+        self.stored = found.dtype or torch.float32  # as plan.Presumed takes it
         judged_in = architecture.judging_dtype(_stored(found), device)
         self.judged_size = judged_in.itemsize
         self.whole_model = (self.weights + self.outside) * judged_in.itemsize
         # transformers maps the shards once more while it converts them
-        self.read_again = 0 if found.dtype == judged_in else found.original_bytes
+        self.read_again = 0 if self.stored == judged_in else found.original_bytes
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class _Costs:
         return {name: int(size) for name, size in found.items()}
 
     def _walk(self, kind: Footprint, hidden: int) -> int:
-        block = self.block * (self.dtype.itemsize * self.streams + (self.found.dtype.itemsize if self.found.dtype != self.dtype else 0))
+        block = self.block * (self.dtype.itemsize * self.streams + (self.stored.itemsize if self.stored != self.dtype else 0))
         waiting = resident(kind, self.texts.windows, self.at_once, self.streams, heap=self.device.type == "cpu")
         problems = [(group.in_features, self._rows(group.names)) for group in kind.groups]
         written = 2 * hidden if self.config.residual_shift else 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,20 @@ def test_what_makes_memory_grow(llama):
     assert stage("head", lm_head=True) > 0
     assert stage("allocation", allocate={"bits": [3, 4], "budget_bpw": 3.5}) > base
     assert stage("evaluation", windows=64) - stage("evaluation", windows=32) == 32 * 32 * 128 * 4  # the engine's hidden states
+
+
+def test_a_config_that_names_no_dtype_is_float32(llama, tmp_path):
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    fields = json.loads((model / "config.json").read_text())
+    assert fields.pop("dtype") == "float32"
+    (model / "config.json").write_text(json.dumps(fields))
+    config = QuantizeConfig(**W4)
+    named, unnamed = (plan.plan(str(path), config) for path in (llama, model))
+    assert unnamed.dtype is None
+    took = [
+        estimate.estimate(found, config, Texts(4, 32, 32, 4), device="cpu", dtype="float32", process_bytes=0) for found in (named, unnamed)
+    ]
+    assert dataclasses.replace(took[0], write_bytes=0) == dataclasses.replace(took[1], write_bytes=0)  # config.json is shorter
 
 
 def test_a_gpu_that_is_not_here(llama):
