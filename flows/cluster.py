@@ -39,4 +39,6 @@ def ray_options(config: SweepConfig, places: Places) -> AbstractContextManager[o
             "or set base.model.device: cpu"
         )
     largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    return remote_options(num_cpus=min(places.threads, largest), num_gpus=gpus)  # more than any node has would wait for ever
+    # more than any node has would wait for ever
+    options: AbstractContextManager[object] = remote_options(num_cpus=min(places.threads, largest), num_gpus=gpus)
+    return options

@@ -33,4 +33,4 @@ def _files() -> dict[str, str]:
         "quantization.dataset": config.quantization.dataset,
         "evaluation.dataset": config.evaluation.dataset,
     }
-    return {key: str(ROOT / path) for key, path in keys.items() if not Path(path).exists()}
+    return {key: str(ROOT / path) for key, path in keys.items() if isinstance(path, str) and not Path(path).exists()}

@@ -26,7 +26,7 @@ def finish(config: RunConfig, record: dict[str, Any], report: Reporter) -> dict[
 def register(config: RunConfig, record: dict[str, Any], report: Reporter) -> dict[str, Any]:
     """The record with `registry`: what `promote` returns; None where gate or evaluation failed, or nothing is to be registered."""
     verdict, found = record.get("gate"), None
-    if verdict and verdict["passed"] and config.gate.register_as and not record["evaluation_error"]:
+    if verdict and verdict["passed"] and config.gate and config.gate.register_as and not record["evaluation_error"]:
         with report.stage("register"):
             found = promote(config, record)
         for text in (found["note"], found["error"] and f"not registered: {found['error']}; {LATER}"):

@@ -9,6 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Reporter:
@@ -45,7 +49,7 @@ class Lines(Reporter):
 class Bars(Lines):
     """One bar a stage, on a terminal."""
 
-    def __init__(self, console) -> None:  # noqa: ANN001 - rich is imported by the command line only
+    def __init__(self, console: Console) -> None:
         super().__init__(lambda text: console.print(text, highlight=False, markup=False))
         self.console = console
 
@@ -58,7 +62,11 @@ class Bars(Lines):
         columns += [TimeElapsedColumn(), TextColumn("{task.fields[text]}", markup=False)]
         with Progress(*columns, console=self.console) as progress:
             bar = progress.add_task(name, total=total, text="")
-            yield lambda done, text="": progress.update(bar, completed=done, text=text)
+
+            def advance(done: int, text: str = "") -> None:
+                progress.update(bar, completed=done, text=text)
+
+            yield advance
             if total is None:
                 progress.update(bar, total=1, completed=1)
 

@@ -22,7 +22,7 @@ def questions(documents: list[str]) -> list[dict[str, object]]:
     """{"context", "choices", "answer": index of the right one}, drawn from the documents; words are what spaces part."""
     chance = random.Random(SEED)
     texts = [words for words in (document.split() for document in documents) if len(words) >= CONTEXT + ANSWER]
-    found = []
+    found: list[dict[str, object]] = []
     while len(found) < QUESTIONS:
         words = chance.choices(texts, [len(text) for text in texts])[0]
         start = chance.randrange(len(words) - CONTEXT - ANSWER + 1)

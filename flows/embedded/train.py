@@ -30,7 +30,8 @@ BATCH = 16
 
 
 def documents(split: str) -> list[str]:
-    return pq.read_table(HERE / f"{split}.parquet").column("text").to_pylist()
+    texts: list[str] = pq.read_table(HERE / f"{split}.parquet").column("text").to_pylist()
+    return texts
 
 
 def fit_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -127,7 +128,7 @@ def train(out: Path, budget: int, seed: int) -> None:
                 flush=True,
             )
 
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(out)  # type: ignore[arg-type]  # transformers decorates `to`: its self counts as an argument
     tokenizer.save_pretrained(out)
     record = {
         "parameters": sum(p.numel() for p in model.parameters()),

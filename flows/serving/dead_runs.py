@@ -31,7 +31,7 @@ def mark_dead_runs(_flow: Any, flow_run: FlowRun, _state: Any) -> None:
     """A Prefect hook for `on_running`: note which process this run is, and mark the dead runs of this machine."""
     if (PROC / "self").exists():
         with get_client(sync_client=True) as client:
-            client.update_flow_run_labels(flow_run.id, labels(os.getpid()))
+            client.update_flow_run_labels(flow_run.id, {**labels(os.getpid())})
             mark(client)
 
 
@@ -39,17 +39,18 @@ def mark(client: SyncPrefectClient) -> list[FlowRun]:
     """Mark the runs of this machine whose process is gone as Crashed, or as Cancelled where that was asked for; those marked."""
     here, now = labels(os.getpid()), datetime.datetime.now(datetime.UTC)
     found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"type": {"any_": UNDER_WAY}}), sort=FlowRunSort.START_TIME_DESC)
-    dead = [run for run in found if is_dead(run.labels, here) and (run.state.is_running() or run.state.timestamp < now - GRACE)]
-    for run in dead:
-        state = Crashed if run.state.is_running() else Cancelled
-        told = state(message=f"its process {run.labels[PROCESS].split()[0]} was killed; noticed by a later run on this machine")
-        client.set_flow_run_state(run.id, told, force=True)
+    under_way = [(run, run.state) for run in found if run.state is not None and is_dead(run.labels, here)]
+    dead = [(run, state) for run, state in under_way if state.is_running() or state.timestamp < now - GRACE]
+    for run, state in dead:
+        ended = Crashed if state.is_running() else Cancelled
+        message = f"its process {str(run.labels[PROCESS]).split()[0]} was killed; noticed by a later run on this machine"
+        client.set_flow_run_state(run.id, ended(message=message), force=True)
         for task in client.read_task_runs(
             flow_run_filter=FlowRunFilter(id={"any_": [run.id]}),
             task_run_filter=TaskRunFilter(state={"type": {"any_": [StateType.RUNNING]}}),
         ):
-            client.set_task_run_state(task.id, state(message=told.message), force=True)
-    return dead
+            client.set_task_run_state(task.id, ended(message=message), force=True)
+    return [run for run, _ in dead]
 
 
 def labels(pid: int) -> dict[str, str]:
@@ -69,7 +70,7 @@ def is_dead(theirs: dict[str, Any], here: dict[str, str]) -> bool:
     if theirs[BOOT] != here[BOOT]:
         return True
     pid, _, start = theirs[PROCESS].partition(" ")
-    return theirs[SPACE] == here[SPACE] and _start(int(pid)) != start
+    return bool(theirs[SPACE] == here[SPACE]) and _start(int(pid)) != start
 
 
 def _start(pid: int) -> str:

@@ -67,12 +67,13 @@ def server() -> str:
     """The address of the Prefect server that is in use."""
     from prefect.settings import PREFECT_API_URL
 
-    if not PREFECT_API_URL.value():
+    address: str | None = PREFECT_API_URL.value()
+    if not address:
         raise InputError(
             "a schedule needs a Prefect server that stays, and PREFECT_API_URL names none: start one with "
             "`prefect server start`, then `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`"
         )
-    return PREFECT_API_URL.value()
+    return address
 
 
 def runner_deployment(deployment: Deployment) -> Any:
@@ -80,7 +81,7 @@ def runner_deployment(deployment: Deployment) -> Any:
     from prefect.deployments.runner import RunnerDeployment
     from prefect.schedules import Cron
 
-    limit = deployment.concurrency_limit and ConcurrencyLimitConfig(**deployment.concurrency_limit.model_dump())
+    limit = ConcurrencyLimitConfig(**deployment.concurrency_limit.model_dump()) if deployment.concurrency_limit else None
     made = RunnerDeployment.from_entrypoint(
         deployment.entrypoint,
         deployment.name,

@@ -30,7 +30,7 @@ for pid in filter(str.isdecimal, os.listdir("/proc")):
         pass
 """
 
-_watchers: list[subprocess.Popen] = []  # kept: an object that goes away would close the pipe
+_watchers: list[subprocess.Popen[bytes]] = []  # kept: an object that goes away would close the pipe
 
 
 def end_server_with_us() -> None:

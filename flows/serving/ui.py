@@ -107,7 +107,8 @@ def ui(prefect_port: int, mlflow_port: int, store: str, fill: list[str] | None =
             stack.callback(servers[-1].close)
             listening.close()  # the server has it now: once it ends, nobody is kept waiting
         typer.echo("starting Prefect and MLflow; the first time takes a minute", err=True)
-        user = tuple(auth.split(":", 1)) if auth else None
+        name, _, word = auth.partition(":")
+        user = (name, word) if auth else None
         until = time.monotonic() + START
         while not asked and not all(server.answers(user) for server in servers):
             look(servers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 from gptq_core.errors import InputError
 
@@ -43,7 +44,8 @@ def _block(name: str) -> str:
     from prefect.blocks.system import Secret
 
     try:
-        return str(Secret.load(name).get() or "")
+        secret: Any = Secret.load(name)
+        return str(secret.get() or "")
     except (ValueError, RuntimeError, httpx.HTTPError) as error:  # not there, or Prefect does not answer
         raise InputError(
             f"block:{name} cannot be loaded ({type(error).__name__}): make a Secret block of that name in the Prefect "

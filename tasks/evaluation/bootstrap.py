@@ -29,7 +29,7 @@ def compare(
     a few again and again shows less noise than there is. lost and gained count questions that only one of the two answers rightly;
     None where scores are not right or wrong.
     """
-    found = {
+    found: dict[str, Any] = {
         "recovery": _recovery(original, quantized, higher_is_better),
         "interval": None,
         "inside_noise": None,

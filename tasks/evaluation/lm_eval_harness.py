@@ -175,7 +175,7 @@ def open_model(path: str, *, revision: str | None, device: str, backend: str | N
         return VLLM(pretrained=path, revision=revision or "main", batch_size="auto")
     from lm_eval.models.huggingface import HFLM
 
-    class Quiet(HFLM):
+    class Quiet(HFLM):  # type: ignore[misc]  # lm-eval publishes no types
         """Without lm-eval's bars: whoever calls shows progress."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
@@ -246,17 +246,19 @@ def _scores(task: str, leaves: list[str], found: dict[str, Any]) -> dict[str, di
                 samples = [_number(name, row[name]) for row in rows if row["filter"] == part and name in row]
                 known = aggregate(name, samples) if samples and None not in samples else None
                 own = found["results"].get(task, {}).get(f"{name},{part}")
-                told = isinstance(own, int | float)
-                if not told and known is None:
+                if isinstance(own, int | float):
+                    value = float(own)
+                elif known is not None:
+                    value = known
+                else:
                     continue
-                value = float(own) if told else known
                 # a median, an F1 or a mean of means is not made up of its questions: then they say nothing about its noise
                 fits = known is not None and math.isclose(known, value, rel_tol=1e-6, abs_tol=1e-12)
                 scores[label] = {
                     "value": value,
                     "higher_is_better": bool(best_high),
                     "samples": samples if fits else None,
-                    "pooled": not told,
+                    "pooled": not isinstance(own, int | float),
                 }
     return scores
 

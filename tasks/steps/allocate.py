@@ -35,4 +35,5 @@ def allocate(config: RunConfig, windows_file: str, progress: Progress) -> dict[s
     path = allocation_file(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(record, indent=2) + "\n").encode())
-    return json.loads(path.read_text())
+    written: dict[str, Any] = json.loads(path.read_text())
+    return written

@@ -51,7 +51,7 @@ def evaluate(
     windows = Windows.load(windows_file)
     if original is None:
         alone = evaluate_one(checkpoint, windows, device=device, backend=backend, progress=progress.call)
-        numbers = {
+        numbers: dict[str, Any] = {
             "original_perplexity": None,
             "quantized_perplexity": alone["perplexity"],
             "kl": None,

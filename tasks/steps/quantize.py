@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
+from prefect import State, Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 
 from gptq_core.errors import GPTQError
-from gptq_core.run.engine import Quantization
+from gptq_core.run.engine import BlockRecord, Published, Quantization
 
 
 class Handle:
@@ -23,24 +24,24 @@ class Handle:
         self.job = job
 
 
-def may_retry(task, task_run, state) -> bool:  # noqa: ANN001 - Prefect's signature
+def may_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Retry what may pass on its own (a full disk, a lost device), never what the engine refuses: it would refuse it again."""
     return not isinstance(state.result(raise_on_failure=False), GPTQError)
 
 
 @task(name="capture_calibration", cache_policy=NO_CACHE)
-def capture_calibration(handle: Handle) -> dict[str, Any]:
+def capture_calibration(handle: Handle) -> dict[str, int]:
     """The inputs of the first block for every calibration window."""
     return handle.job.capture()
 
 
 @task(name="quantize_block", task_run_name="quantize_block-{index}", cache_policy=NO_CACHE, retries=1, retry_condition_fn=may_retry)
-def quantize_block(handle: Handle, index: int) -> dict[str, Any]:
+def quantize_block(handle: Handle, index: int) -> BlockRecord:
     """Quantize and commit decoder block `index`, or replay it from disk."""
     return handle.job.quantize_block(index)
 
 
 @task(name="assemble", cache_policy=NO_CACHE)
-def assemble(handle: Handle) -> dict[str, Any]:
+def assemble(handle: Handle) -> Published:
     """Publish the checkpoint; on finished work, its record as it was."""
     return handle.job.assemble()
