@@ -1,8 +1,8 @@
-"""The innermost loops in C, for float32 on the CPU: loops.c (rounding, its books, descent, the search for scales, packing), built once a
-machine by its C compiler; and with it products.c, sums of products of bfloat16 inputs. See dispatch.py.
+"""The innermost loops in C, for float32 on the CPU: loops.c (rounding, write-back, descent, the search for scales, packing), built once
+per machine by its C compiler; and with it products.c, sums of products of bfloat16 inputs. See dispatch.py.
 
-A twin starts hundreds of operations a block, each of which reads and writes what the one before it wrote; here a tile of outputs stays
-in registers and the nearest cache from its first column to its last, and Python's lock is free meanwhile, so that threads run side by
+A twin starts hundreds of operations for a block, each of which reads and writes what the one before it wrote; here a tile of outputs
+stays in registers and the nearest cache from its first column to its last, and the GIL is released, so that threads run side by
 side. Divisions are true and halves are rounded to even, as in the twins; products and sums are contracted and summed in another
 order, and the error of a candidate scale is that of its reciprocal. So where all sums are exact, sweep and descent are equal to the
 bit; else a code may differ where its target is next to a tie, and a scale where two candidates are as good up to rounding.
@@ -41,7 +41,7 @@ INSTRUCTIONS = {"AVX512": _AVX512, "AVX2": _AVX2}
 _pointer, _long, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "round_columns": (_pointer, _long, _pointer, _pointer, _pointer, _long, _pointer, _float, _pointer, _long, _long, _long),
-    "settle": (ctypes.c_int, *[_pointer] * 12, _long, _long),
+    "write_back": (ctypes.c_int, *[_pointer] * 12, _long, _long),
     "descend_columns": (_pointer, _long, _pointer, _long, _pointer, _pointer, _float, _pointer, _long, _pointer, _long, _long, _long),
     "search": (
         _pointer,
@@ -68,21 +68,21 @@ SIDE, STRETCH = 48, 256
 PANEL = 4 * SIDE
 """Columns that are packed at once, to be multiplied with one packed panel after another: what a second cache holds."""
 PIECES = 2
-"""A thread, about: with more, none waits long for the last one, and operands are laid out anew more often."""
+"""Pieces per thread, about: with more of them threads wait less for the last one, but operands are packed more often."""
 WORTH_THREADS = 1e7
-"""Multiplications, about a tenth of a millisecond of one thread: from so many on it pays to share them."""
+"""Multiplications from which it pays to share them among threads: about a tenth of a millisecond of one thread."""
 
 Product = tuple[Tensor, Tensor, Tensor]
-"""total (rows, columns) in float32, left (tokens, rows) and right (tokens, columns) in bfloat16; in all of them a row lies together."""
+"""total (rows, columns) in float32, left (tokens, rows) and right (tokens, columns) in bfloat16; all row-contiguous."""
 _ALL = -(1 << 40)
-"""`above` of products.c where every entry is wanted."""
+"""`above` of products.c where every entry is computed."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled loops, from the user's cache or built now.
 
-    Raises OSError where there is no C compiler or the cache is no place for it, subprocess.CalledProcessError where building fails.
+    Raises OSError if there is no C compiler or the cache folder cannot be used, subprocess.CalledProcessError if building fails.
     """
     sizes = {"LARGEST_BLOCK": LARGEST_BLOCK, "SIDE": SIDE, "STRETCH": STRETCH}
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
@@ -94,7 +94,7 @@ def library() -> ctypes.CDLL:
         _build(path, flags)
     try:
         loaded = ctypes.CDLL(str(path))
-    except OSError:  # cut short, or of a machine that shares the folder and not the C library
+    except OSError:  # truncated, or built on a machine with the same home folder and another C library
         _build(path, flags)
         loaded = ctypes.CDLL(str(path))
     for name, signature in SIGNATURES.items():
@@ -109,7 +109,7 @@ def has_products() -> bool:
 
 
 def _cache() -> Path:
-    """The folder, made if it is missing. It is this user's alone, since what lies in it is run."""
+    """The cache folder, made if it is missing. It must belong to this user alone, because its files are executed."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptq_core"
     except RuntimeError as error:
@@ -141,7 +141,7 @@ def round_columns(
     group: Int[Tensor, " block"],
     max_code: int,
 ) -> UInt8[Tensor, "block out"]:
-    """columns.round_columns, of at most LARGEST_BLOCK columns."""
+    """rounding.round_columns, of at most LARGEST_BLOCK columns."""
     assert now.stride(1) == 1, now.stride()  # it is written to
     block, out = now.shape
     assert block <= LARGEST_BLOCK, block
@@ -164,7 +164,7 @@ def round_columns(
     return codes
 
 
-def settle(
+def write_back(
     found: UInt8[Tensor, "block out"],
     left: Float[Tensor, "block out"],
     target: Float[Tensor, "columns out"],
@@ -178,11 +178,11 @@ def settle(
     errors: Float[Tensor, "block out"] | None,
     loss: Float[Tensor, " out"],
 ) -> None:
-    """columns.settle; all that is as wide as the outputs is contiguous, delta and errors are float32 or bfloat16 alike."""
+    """rounding.write_back; tensors as wide as the outputs are contiguous, delta and errors both float32 or both bfloat16."""
     wide = [t for t in (found, left, target, scales, zeros, codes, delta, errors) if t is not None]
     assert all(t.is_contiguous() for t in wide), [t.stride() for t in wide]
     here, group, diagonal = here.contiguous(), group.contiguous(), diagonal.contiguous()
-    library().settle(
+    library().write_back(
         delta.dtype == torch.bfloat16,
         found.data_ptr(),
         left.data_ptr(),
@@ -235,7 +235,7 @@ def descend_columns(
 def search(
     weights: Float[Tensor, "groups columns out"], importance: Float[Tensor, "groups columns"], max_code: int, smallest_zero: int | None
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
-    """scales.search."""
+    """scale_search.search."""
     weights = weights if weights.stride(2) == 1 else weights.contiguous()
     (groups, columns, out), importance = weights.shape, importance.contiguous()
     shares, shifts = (t.contiguous() for t in constants.coarse_candidates(smallest_zero is None).unbind(1))
@@ -288,8 +288,8 @@ def _team() -> ctypes.c_void_p | None:
 
 
 def add_products(products: Sequence[Product], lower: bool = False) -> None:
-    """total += leftᵀ right of each product; with `lower`, of what lies above a total's diagonal only some. torch's threads share the work;
-    one of them adds up an entry of a total, in an order that does not depend on their number."""
+    """total += leftᵀ right of each product; with `lower`, entries above a total's diagonal may be left out. torch's threads share the
+    work; each entry of a total is summed by one of them, in an order that does not depend on their number."""
     for total, left, right in products:
         assert total.shape == (left.shape[1], right.shape[1]) and len(left) == len(right), (total.shape, left.shape, right.shape)
         assert total.dtype == torch.float32 and left.dtype == right.dtype == torch.bfloat16, (total.dtype, left.dtype, right.dtype)
@@ -303,7 +303,7 @@ def add_products(products: Sequence[Product], lower: bool = False) -> None:
 
 
 def _pieces(total: Tensor, left: Tensor, right: Tensor, height: int, lower: bool) -> Iterator[_Product]:
-    """A product in products of at most so many rows and of PANEL columns."""
+    """A product, cut into products of at most `height` rows and PANEL columns."""
     rows, columns = total.shape
     for i, j in itertools.product(range(0, rows, height), range(0, columns, PANEL)):
         yield _Product(

@@ -1,6 +1,6 @@
 """Coordinate descent on the codes of one column block: each to the minimum of its own parabola, given all others.
 
-A changed code changes the slopes of the columns that follow in the block; the rest of the layer is told by its caller.
+A changed code changes the slopes of the columns that follow in the block; its caller passes the change on to the rest of the layer.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Choose who runs an innermost loop: a fused Triton kernel (triton_loops.py), a C loop (c_loops.py), or the twin of both, the plain
-torch of rounding.py, descent.py and scale_search.py.
+"""Choose the implementation of an innermost loop: a fused Triton kernel (triton_loops.py), a C loop (c_loops.py), or their twin, the
+plain torch of rounding.py, descent.py and scale_search.py.
 
-The tensors decide, nothing is set: float32 goes to Triton on a GPU for which it can compile here, to C on a CPU for which this machine
+The tensors decide, there is no setting: float32 goes to Triton on a GPU for which it can compile here, to C on a CPU for which this machine
 has a C compiler, all else to the twin. CUDA builds of torch for Linux bring Triton along; it builds a helper of its own with the
-machine's C compiler when it is first used. A run's record and MLflow say which it was. Products of bfloat16 inputs, which torch's own
-operations would round, go to C where the processor has instructions for them.
+machine's C compiler when it is first used. The run record and MLflow name the implementation. Products of bfloat16 inputs, which torch's
+own operations would round, go to C where the processor has instructions for them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OLDEST_GPU = (7, 0)
 
 @runtime_checkable
 class Kernels(Protocol):
-    """What c_loops and triton_loops have in common. c_loops also has `settle`."""
+    """What c_loops and triton_loops have in common. c_loops also has `write_back`."""
 
     NAME: str
 
@@ -65,7 +65,7 @@ class Kernels(Protocol):
 
 
 def kernels(*tensors: Tensor) -> Kernels | None:
-    """The module whose kernels take these tensors, which lie on one device; None where the twin does."""
+    """The module whose kernels take these tensors, all on one device; None where the twin does."""
     if any(t.dtype != torch.float32 for t in tensors if t.is_floating_point()):
         return None
     device = tensors[0].device
@@ -81,8 +81,8 @@ def kernels(*tensors: Tensor) -> Kernels | None:
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> str:
-    """What a run whose forwards are in `dtype` gives float32 to on a device: triton, c, or torch for the twins; and whether it gives
-    products of bfloat16 inputs to C."""
+    """Name of the implementation that runs the loops in float32 on a device: triton, c, or torch for the twins; it also says where
+    products of bfloat16 inputs go to C, for a run whose forward is in `dtype`."""
     found = kernels(torch.empty(0, device=device, dtype=torch.float32))
     name = found.NAME if found else "torch"
     return f"{name} with bfloat16 products" if name == "c" and dtype == torch.bfloat16 and compiles_products() else name
@@ -90,7 +90,7 @@ def implementation(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run on a device. Of a GPU where they do not, the log tells once why."""
+    """Whether Triton's kernels run on a device. For a GPU where they do not, the reason is logged once."""
     if device.type != "cuda":
         return False
     obstacle = _obstacle(torch.cuda.get_device_capability(device))
@@ -115,7 +115,7 @@ def _obstacle(capability: tuple[int, int]) -> str | None:
 
 @functools.cache
 def compiles() -> bool:
-    """Whether the C loops can be built, or were built before. Where they cannot, the log tells once why."""
+    """Whether the C loops can be built, or were built before. Where they cannot, the reason is logged once."""
     from gptq_core.kernels import c_loops
 
     try:
@@ -137,8 +137,8 @@ def compiles() -> bool:
 
 @functools.cache
 def compiles_products() -> bool:
-    """Whether products of bfloat16 inputs can be given to C: this processor has the instructions, and the compiler knew them. Where it
-    did not, the log tells once."""
+    """Whether products of bfloat16 inputs can be given to C: this processor has the instructions, and the compiler knew them. Where the
+    compiler did not, that is logged once."""
     from gptq_core.kernels import c_loops
 
     if not has_avx512_bf16() or not compiles():

@@ -1,4 +1,4 @@
-/* The innermost loops for processors: see compiled.py, which builds and calls them.
+/* The innermost loops for processors: see c_loops.py, which builds and calls them.
 
    Tensors are transposed: a row holds one column of the layer for all outputs, and a stride is the way from one row to the next.
    Outputs do not depend on each other. They go through in tiles that fit into registers, `width` of them; all but the last tile of a
@@ -7,12 +7,12 @@
 #include <math.h>
 #include <stdint.h>
 
-enum { WIDTH = 64, NARROW = 32 }; /* LARGEST_BLOCK comes from compiled.py */
+enum { WIDTH = 64, NARROW = 32 }; /* LARGEST_BLOCK comes from c_loops.py */
 
 #define INLINE static inline __attribute__((always_inline))
 #define EACH_OUTPUT for (long r = 0; r < width; r++)
 
-/* What a processor adds up at once, and of how much it keeps the sums in registers: of the tile, and of columns. */
+/* Floats in a vector of this processor, and the part of the tile and the number of columns whose sums it keeps in registers. */
 #if defined(__AVX512F__)
 enum { LANES = 16 };
 #elif defined(__AVX__)
@@ -76,7 +76,7 @@ INLINE void round_tile(
     long width, float *now, long now_stride, const float *feedback, const float *scales, const float *zeros, long grid_stride,
     const int64_t *group, float max_code, uint8_t *codes, long codes_stride, long block)
 {
-    float left[LARGEST_BLOCK][WIDTH]; /* what is `now` at the end, close together: rows of it are far apart, and evict each other */
+    float left[LARGEST_BLOCK][WIDTH]; /* `now` as it will be, contiguous: rows of `now` are far apart in memory and evict each other from the cache */
     for (long first = 0; first < block; first += TOGETHER) {
         const long count = block - first < TOGETHER ? block - first : TOGETHER;
         float targets[TOGETHER][WIDTH] = {{0}};
@@ -101,7 +101,7 @@ INLINE void round_tile(
     }
 }
 
-/* columns.round_columns for at most LARGEST_BLOCK columns; feedback is (block, block) and transposed, row i what column i takes over. */
+/* rounding.round_columns for at most LARGEST_BLOCK columns; feedback is (block, block) and transposed, row i what column i takes over. */
 void round_columns(
     float *now, long now_stride, const float *feedback, const float *scales, const float *zeros, long grid_stride,
     const int64_t *group, float max_code, uint8_t *codes, long codes_stride, long block, long out)
@@ -121,7 +121,7 @@ INLINE uint16_t brief(float value)
     return (uint16_t)((as.bits + 0x7fff + ((as.bits >> 16) & 1)) >> 16);
 }
 
-INLINE void settle_column(
+INLINE void write_back_column(
     int in_bfloat16, const uint8_t *found, const float *left, const float *target, const float *scale, const float *zero, float diagonal,
     uint8_t *codes, void *delta, void *errors, float *loss, long width)
 {
@@ -136,8 +136,8 @@ INLINE void settle_column(
     }
 }
 
-/* columns.settle; target and codes are whole layers, `here` the rows of theirs that the block's columns have. errors may be 0. */
-void settle(
+/* rounding.write_back; target and codes are whole layers, `here` the rows of theirs that the block's columns have. errors may be 0. */
+void write_back(
     int in_bfloat16, const uint8_t *found, const float *left, const float *target, const int64_t *here, const float *scales,
     const float *zeros, const int64_t *group, const float *diagonal, uint8_t *codes, char *delta, char *errors, float *loss,
     long block, long out)
@@ -148,9 +148,9 @@ void settle(
         const float *left_row = left + i * out, *target_row = target + whole, *scale = scales + own, *zero = zeros + own;
         char *error = errors ? errors + back : 0;
         if (in_bfloat16)
-            settle_column(1, found + i * out, left_row, target_row, scale, zero, diagonal[i], codes + whole, delta + back, error, loss, out);
+            write_back_column(1, found + i * out, left_row, target_row, scale, zero, diagonal[i], codes + whole, delta + back, error, loss, out);
         else
-            settle_column(0, found + i * out, left_row, target_row, scale, zero, diagonal[i], codes + whole, delta + back, error, loss, out);
+            write_back_column(0, found + i * out, left_row, target_row, scale, zero, diagonal[i], codes + whole, delta + back, error, loss, out);
     }
 }
 
@@ -200,7 +200,7 @@ void descend_columns(
     }
 }
 
-/* scales.float16_exact: as float16 will hold it, never 0. */
+/* scale_search.float16_exact: as float16 will hold it, never 0. */
 INLINE float float16_exact(float scale)
 {
     const float smallest = 0x1p-24f, smallest_normal = 0x1p-14f, largest = 65504.0f, to_steps = 0.75f; /* whose last bit is 2^-24 */
@@ -232,7 +232,7 @@ INLINE void search_tile(
         base[r] = symmetric ? (-low[r] > high[r] ? -low[r] : high[r]) / ((max_code + 1) / 2) : (high[r] - low[r]) / max_code;
         middle[r] = symmetric ? 0 : (high[r] + low[r]) / 2;
         best[r] = INFINITY;
-        chosen[r] = NAN; /* what it stays where no error is a number */
+        chosen[r] = NAN; /* remains so if no error is a number */
         found[r] = 1;
         centre[r] = 0;
     }
@@ -273,7 +273,7 @@ INLINE void search_tile(
     }
 }
 
-/* scales.search of one group: weights (columns, out). Candidates are `coarse` pairs of shares and shifts, then, around the best of
+/* scale_search.search of one group: weights (columns, out). Candidates are `coarse` pairs of shares and shifts, then, around the best of
    those, `fine` offsets of its share. */
 void search(
     const float *weights, long stride, const float *importance, long columns, long out, int symmetric, float smallest_zero,

@@ -11,15 +11,15 @@ import torch
 
 def multiplies_in_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16; without them they are slower than in float32."""
-    return any(_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last as Arm calls it
+    return any(_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's name
 
 
 def has_avx512_bf16() -> bool:
-    """Whether it has those among them that belong to AVX-512."""
+    """Whether this processor has the instructions of AVX-512 for products of bfloat16."""
     return bool(_capabilities().get("avx512_bf16", False))
 
 
 @functools.cache
 def _capabilities() -> Mapping[str, Any]:
-    """None are known of an older torch, which does not tell."""
+    """Empty for an older torch, which does not report them."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

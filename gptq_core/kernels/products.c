@@ -1,7 +1,7 @@
-/* Sums over the tokens of products of bfloat16 inputs, with the instructions that x86 processors have for it (avx512_bf16): see compiled.py.
+/* Sums over the tokens of products of bfloat16 inputs, with the instructions that x86 processors have for it (avx512_bf16): see c_loops.py.
 
    total += left' right. A product of two bfloat16 numbers is exact in float32; the instruction adds those of two tokens to a float32 sum.
-   Panels of the operands are laid out anew, two tokens side by side as the instruction takes them, STRETCH pairs of tokens at a time, so
+   Panels of the operands are packed, two tokens side by side as the instruction takes them, STRETCH pairs of tokens at a time, so
    that what is read again and again stays in the near caches. ROWS by SIDE sums stay in registers over RUN pairs, are added up over the
    stretch and then to the total: one long sum rounds off more. Their order depends on the tokens alone, not on the panel that an entry is
    in: however the work is shared, bits are the same. Of a product of a matrix with itself each panel is laid out once.
@@ -19,7 +19,7 @@
 #include <immintrin.h>
 
 #define WITH_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-enum { LANES = 16, VECTORS = SIDE / LANES, ROWS = 8, RUN = 64 }; /* SIDE and STRETCH come from compiled.py */
+enum { LANES = 16, VECTORS = SIDE / LANES, ROWS = 8, RUN = 64 }; /* SIDE and STRETCH come from c_loops.py */
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 
@@ -72,7 +72,7 @@ WITH_BFLOAT16 static void multiply(
             total[i * stride + j] += sums[i][j];
 }
 
-/* total (rows, columns) += left (tokens, rows)' right (tokens, columns). Of column j what lies before row `above` + j is not wanted. */
+/* total (rows, columns) += left (tokens, rows)' right (tokens, columns). In column j, rows before `above` + j need not be computed. */
 struct product {
     const uint16_t *left, *right;
     float *total;
@@ -91,7 +91,7 @@ WITH_BFLOAT16 static void add_product(const struct product *of, uint32_t *packed
         for (long i = 0; i < of->rows; i += SIDE) {
             const long high = least(SIDE, of->rows - i);
             const uint32_t *down = room;
-            const long same = of->left + i - of->right; /* the column on the right that this is, if it is one */
+            const long same = of->left + i - of->right; /* index of this column on the right, if it is one of those */
             if (of->left_stride == of->right_stride && same >= 0 && same % SIDE == 0 && same + high <= of->columns)
                 down = packed + same / SIDE * panel;
             else

@@ -23,7 +23,7 @@ def round_columns(
     group: Int[Tensor, " block"],
     max_code: int,
 ) -> UInt8[Tensor, "block out"]:
-    """Codes of a block's columns. `now`, their conditional targets, is overwritten by what rounding leaves: target less rounded weight.
+    """Codes of a block's columns. `now`, their conditional targets, is overwritten by target less rounded weight.
 
     feedback: upper triangular with a unit diagonal, row i the share of column i's error that each later column takes over.
     group: row of `scales` and `zeros` for each column.
@@ -58,7 +58,7 @@ def round_columns(
     return centred.add_(zeros[group]).to(torch.uint8)
 
 
-def settle(
+def write_back(
     found: UInt8[Tensor, "block out"],
     left: Float[Tensor, "block out"],
     target: Float[Tensor, "columns out"],
@@ -72,14 +72,15 @@ def settle(
     errors: Float[Tensor, "block out"] | None,
     loss: Float[Tensor, " out"],
 ) -> None:
-    """Book what `round_columns` has made of a block, whose columns are the rows `here` of target and codes: their codes; in `delta`,
-    target less rounded weight, and in `errors`, (w - q)L, both with the last column first and in their own dtype; in `loss`, Σ errors².
+    """Write back what `round_columns` made of a block, whose columns are the rows `here` of target and codes: to `codes`, the codes; to
+    `delta`, target less rounded weight; to `errors`, (w - q)L, both with the last column first and in their own dtype; to `loss`,
+    Σ errors².
 
-    left: the conditional targets less the rounded weights, which the twin writes to. diagonal: R[i,i].
+    left: the conditional targets less the rounded weights, which the torch version overwrites. diagonal: R[i,i].
     """
     kernels = dispatch.kernels(left, target, scales, zeros, diagonal, loss)
-    if kernels and hasattr(kernels, "settle"):
-        kernels.settle(found, left, target, here, scales, zeros, group, diagonal, codes, delta, errors, loss)
+    if kernels and hasattr(kernels, "write_back"):
+        kernels.write_back(found, left, target, here, scales, zeros, group, diagonal, codes, delta, errors, loss)
         return
     codes[here] = found
     rounded = found.to(target.dtype).sub_(zeros[group]).mul_(scales[group])

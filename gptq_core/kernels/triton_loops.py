@@ -1,14 +1,14 @@
 """The three innermost loops as Triton kernels, one launch each where the twins of the same names make hundreds. See dispatch.py.
 
 Layout. Tensors are transposed: a column of the layer is a contiguous row of outputs. Outputs do not depend on each other, so a
-program owns a tile of TILE outputs and all of its columns, loads and stores run along the outputs, and programs never speak.
+program owns a tile of TILE outputs and all of its columns, loads and stores run along the outputs, and programs do not communicate.
 
 Sweep and descent hold a block of up to LARGEST_BLOCK columns x TILE outputs in registers, 32 float32 a thread, and walk the columns
 in order. Registers cannot be indexed by what is known only at run time, so a column is taken out by a sum under a mask, and its error
-goes to the columns that follow as an outer product; also to those already done, which nobody reads again. That is twice the
+goes to the columns that follow as an outer product; also to those already done, which are not read again. That is twice the
 arithmetic of a triangle and none of its memory traffic. The rest is loaded where it is needed; rows of scales and of the feedback
 are shared by many programs and come from the cache. Longer blocks, those of dynamic groups of more than LARGEST_BLOCK columns, are
-cut by columns.round_columns, with a GEMM between the parts; in descent they are left to the twin, its caller makes none.
+cut by rounding.round_columns, with a GEMM between the parts; in descent they are left to the twin, and its caller makes none.
 
 The search holds one candidate at a time, its error, and the best so far; the weights of its tile are read again for each candidate,
 from the cache as long as a group of columns x TILE floats fits there. Groups of any length go through in chunks.
@@ -52,7 +52,7 @@ def round_columns(
     group: Int[Tensor, " block"],
     max_code: int,
 ) -> UInt8[Tensor, "block out"]:
-    """columns.round_columns, of at most LARGEST_BLOCK columns."""
+    """rounding.round_columns, of at most LARGEST_BLOCK columns."""
     assert _is_along_rows(now), now.stride()  # it is written to
     feedback, scales, zeros = map(_along_rows, (feedback, scales, zeros))  # a triangular solve leaves its result transposed
     block, out = now.shape
@@ -116,7 +116,7 @@ def descend_columns(
 def search(
     weights: Float[Tensor, "groups columns out"], importance: Float[Tensor, "groups columns"], max_code: int, smallest_zero: int | None
 ) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"]]:
-    """scales.search."""
+    """scale_search.search."""
     weights, importance = map(_along_rows, (weights, importance))
     groups, columns, out = weights.shape
     scales, zeros = weights.new_empty(2, groups, out)

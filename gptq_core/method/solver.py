@@ -29,7 +29,7 @@ from jaxtyping import Float, Int, Int32, UInt8
 from torch import Tensor
 
 from gptq_core.config import QuantizeConfig
-from gptq_core.kernels.rounding import round_columns, settle
+from gptq_core.kernels.rounding import round_columns, write_back
 from gptq_core.method import grid
 from gptq_core.method.descent import descend, slope_after_sweep
 from gptq_core.method.factor import Factor
@@ -41,7 +41,7 @@ TALL_COLUMNS = 256
 ROWS_AT_ONCE = {"cpu": 1024, "cuda": 32768}
 """Outputs that are solved together: on the CPU their targets and errors stay in the cache, and memory does not grow with the layer."""
 FEWEST_ROWS = 1024
-"""Outputs that are worth a thread on the CPU: with fewer, the tall products of each are too small, and too many operations are started."""
+"""Fewest outputs for a thread on the CPU: with fewer, the tall products of each are too small, and the operations too many."""
 LATENT_REACH = 0.49
 """Less than half a step, so that a latent rounds to its code."""
 POWER_ROWS = 64
@@ -103,13 +103,13 @@ def solve_prepared(weight: Float[Tensor, "out columns"], prepared: Prepared, con
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of the operands of the tall products, for a model that is forwarded in `dtype`: a processor that forwards in bfloat16 multiplies
-    twice as fast in it; a GPU is fast enough in float32."""
+    """The dtype of the operands of the tall products, for a model whose forward is in `dtype`: a processor that forwards in bfloat16
+    multiplies twice as fast in it; a GPU is fast enough in float32."""
     return dtype if dtype == torch.bfloat16 and device.type == "cpu" else torch.float32
 
 
 def threads_for(rows: int, device: torch.device) -> int:
-    """Threads of ours that share the rows of a weight."""
+    """Python threads that share the rows of a weight."""
     return max(1, min(torch.get_num_threads(), rows // FEWEST_ROWS)) if device.type == "cpu" else 1
 
 
@@ -141,7 +141,7 @@ class Block:
     here: Int[Tensor, " block"]
     """Its columns in the original order."""
     rows: slice
-    """Of L, which counts backwards."""
+    """Its rows of L, which run from the last column to the first."""
     diagonal: Float[Tensor, " block"]
     """R[i,i]."""
     feedback: Float[Tensor, "block block"]
@@ -152,8 +152,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all rows of a weight are solved with. Of L no more than its blocks and the operand of the tall products: where that is of
-    another dtype, a factor that nobody else holds is free to go."""
+    """What all rows of a weight share while they are solved. Of L it holds only the blocks and the operand of the tall products: if that
+    has another dtype, the factor itself can be released."""
 
     order: Int[Tensor, " n"]
     """Factor.order."""
@@ -161,7 +161,7 @@ class Prepared:
     lower: Float[Tensor, "n n"]
     """L, in the dtype of the tall products."""
     importance: Float[Tensor, " n"]
-    """Of each column in a search for scales."""
+    """Weight of each column's error in a search for scales."""
     damp: Float[Tensor, ""]
     """λ."""
     hessian: Float[Tensor, "n n"]
@@ -280,7 +280,7 @@ def sweep(
     delta = torch.empty(columns, out, dtype=lower.dtype, device=target.device)
     errors = None if prepared.descended is None else torch.empty_like(delta)
     loss = target.new_zeros(out)
-    # which groups are fitted in turn, asked for once: on a GPU that waits for it
+    # the order in which groups are fitted, read once: on a GPU that waits for the device
     fitted_next = iter(group_of[prepared.order[:: columns // fitted.scales.shape[0]]].tolist() if fit else [])
     tall = max(1, TALL_COLUMNS // blocks[0].here.numel())
     for number, block in enumerate(blocks):
@@ -305,7 +305,7 @@ def sweep(
             if part.stop < length:
                 now[part.stop :].addmm_(block.feedback[part, part.stop :].T, now[part], alpha=-1)
         error = None if errors is None else errors[rows]
-        settle(found, now, target, here, fitted.scales, fitted.zeros, group, block.diagonal, codes, delta[rows], error, loss)
+        write_back(found, now, target, here, fitted.scales, fitted.zeros, group, block.diagonal, codes, delta[rows], error, loss)
     return codes, errors, loss
 
 

@@ -71,7 +71,7 @@ def problems(rows: int, inputs: int, device: torch.device) -> Iterator[Problem]:
             torch.empty_like(now),
             now.new_zeros(rows),
         ),
-        rounding.settle,
+        rounding.write_back,
         lambda given, _none: given[9].bfloat16(),
     )
     slope = damped @ normal(BLOCK, rows).mul_(0.05)

@@ -39,7 +39,7 @@ def test_a_library_that_cannot_be_loaded_is_built_anew(fresh, monkeypatch):
     damaged.write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "another"))
     c_loops.library.cache_clear()
-    assert c_loops.library().settle.argtypes and damaged.stat().st_size
+    assert c_loops.library().write_back.argtypes and damaged.stat().st_size
 
 
 def test_a_folder_that_others_may_write_to_is_not_run_from(fresh, caplog):
@@ -184,5 +184,5 @@ def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(m
     empty.write_text("typedef int nothing;\n")
     monkeypatch.setattr(c_loops, "SOURCES", (c_loops.SOURCES[0], empty))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert in_float32() and c_loops.library().settle.argtypes
+    assert in_float32() and c_loops.library().write_back.argtypes
     assert len(caplog.messages) == 1 and "gcc 10 or clang 9" in caplog.text and str(fresh) in caplog.text

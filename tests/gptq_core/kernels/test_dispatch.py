@@ -1,4 +1,4 @@
-"""Which tensors the kernels are given, and what is told where there are none."""
+"""Which tensors the kernels are given, and what is logged where there are none."""
 
 import re
 import sys
@@ -46,10 +46,10 @@ def test_a_block_longer_than_registers_hold_descends_in_the_twin(everywhere):
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "logged"),
     [("triton", "pip install triton"), ("compiler", r"does not start \(no gcc\): it wants a C compiler"), ("gpu", "this one has 6.1")],
 )
-def test_a_gpu_without_triton_is_told_of_once(missing, told, monkeypatch, caplog):
+def test_a_gpu_without_triton_is_logged_once(missing, logged, monkeypatch, caplog):
     class Driver(types.SimpleNamespace):
         @property
         def active(self):
@@ -60,15 +60,15 @@ def test_a_gpu_without_triton_is_told_of_once(missing, told, monkeypatch, caplog
     dispatch.runs_on.cache_clear()
     for _ in range(2):
         assert not dispatch.runs_on(torch.device("cuda", 0))
-    assert len(caplog.messages) == 1 and re.search(told, caplog.text)
+    assert len(caplog.messages) == 1 and re.search(logged, caplog.text)
     dispatch.runs_on.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("missing", "told"),
+    ("missing", "logged"),
     [("compiler", "no cc, gcc or clang on the PATH"), ("flag", "false ended with 1"), ("cache", "[Nn]ot a directory|[Ff]ile exists")],
 )
-def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch, caplog, fresh):
+def test_a_cpu_without_compiled_loops_is_logged_once(missing, logged, monkeypatch, caplog, fresh):
     if missing == "compiler":
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.setenv("PATH", str(fresh))
@@ -78,7 +78,7 @@ def test_a_cpu_without_compiled_loops_is_told_of_once(missing, told, monkeypatch
         (fresh / "gptq_core").write_text("in the way")
     for _ in range(2):
         assert dispatch.kernels(torch.zeros(8, 12)) is None
-    assert len(caplog.messages) == 1 and re.search(told, caplog.text)
+    assert len(caplog.messages) == 1 and re.search(logged, caplog.text)
     # and the work is done all the same
     assert torch.equal(
         descent.descend_columns(torch.zeros(1, 4, dtype=torch.uint8), -torch.ones(1, 4), torch.ones(4), torch.zeros(4), 15, torch.eye(1)),

@@ -1,4 +1,4 @@
-"""The kernels, fused.py's and compiled.py's loops, against their twins: those in C on the CPU, those of Triton on the GPU where there is
+"""The kernels, triton_loops.py's and c_loops.py's, against their twins: those in C on the CPU, those of Triton on the GPU where there is
 one, else in its interpreter (see tests/conftest.py)."""
 
 import contextlib
@@ -235,7 +235,7 @@ def test_a_block_is_booked_as_by_the_twin(dtype, kept):
         codes, loss = torch.zeros(100, OUT, dtype=torch.uint8), torch.ones(OUT)
         delta, errors = torch.zeros(40, OUT, dtype=dtype), torch.zeros(40, OUT, dtype=dtype) if kept else None
         with given_to(module):
-            rounding.settle(found, left.clone(), target, here, scale, zero, group, diagonal, codes, delta, errors, loss)
+            rounding.write_back(found, left.clone(), target, here, scale, zero, group, diagonal, codes, delta, errors, loss)
         return codes, delta, loss, *([errors] if kept else [])
 
     ours, twins = booked(c_loops), booked(None)
