@@ -1,4 +1,4 @@
-"""The exceptions users can meet. Each message tells the value, the rule and the remedy in one line."""
+"""The exceptions users can meet. Each message gives the value, the rule and the remedy in one line."""
 
 
 class GPTQError(Exception):

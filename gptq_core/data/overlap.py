@@ -1,4 +1,4 @@
-"""How much of one text stands in another: what a model was calibrated on must not judge it."""
+"""How much of one text occurs in another: a model must not be evaluated on the text that it was calibrated on."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 NGRAM = 16
 """Tokens in a row that two texts of one language seldom share by chance."""
 OVERLAPPING = 0.05
-"""Share of the judged text from which on it counts as seen. Licences, boilerplate and plots repeat: of the embedded held-out text 1.2 per
-cent stands in the calibration windows too, of TinyStories' 2.1."""
+"""From this share on, the judged text counts as seen in calibration. Licences, boilerplate and plots repeat: 1.2 per cent of the embedded
+held-out text also occurs in the calibration windows, 2.1 per cent of TinyStories'."""
 CONTAINED = 0.5
-"""Share of the calibration windows that stand in the judged text, from which on the two are one text of which little was drawn."""
+"""From this share of the calibration windows on that occur in the judged text, the two count as one text."""
 BASE = 6364136223846793005
 """Odd, so that multiplying by it modulo 2⁶⁴ loses nothing (Knuth's MMIX)."""
 
 
 def overlap(judged: Int64[Tensor, "windows tokens"], seen: Int64[Tensor, "others length"], ngram: int = NGRAM) -> float:
-    """Share of the n-grams inside the windows of `judged` that also stand inside a window of `seen`; 0 where windows are shorter."""
+    """Share of the n-grams inside the windows of `judged` that also occur inside a window of `seen`; 0 if windows are shorter."""
     digests = [_digests(windows, ngram) for windows in (judged, seen)]
     if not all(digest.numel() for digest in digests):
         return 0.0
@@ -26,12 +26,12 @@ def overlap(judged: Int64[Tensor, "windows tokens"], seen: Int64[Tensor, "others
 
 
 def overlapping(seen: Int64[Tensor, "others length"], judged: Int64[Tensor, "windows tokens"], what: str) -> str | None:
-    """Value and rule in one line, where calibration windows `seen` and a judged text have too much in common; else None."""
+    """Value and rule in one line, if calibration windows `seen` and a judged text have too much in common; else None."""
     return objection(overlap(judged, seen), overlap(seen, judged), what)
 
 
 def objection(share: float, of_seen: float, what: str) -> str | None:
-    """As overlapping, of shares that are known."""
+    """As `overlapping`, for shares that are known already."""
     if share < OVERLAPPING and of_seen < CONTAINED:
         return None
     return (

@@ -27,7 +27,7 @@ class HubText:
     evaluation_split: str
     data_files: dict[str, str] | None = None
     evaluation_documents: int | None = None
-    """Documents of the evaluation split that the papers judge by; None: all."""
+    """How many documents of the evaluation split papers evaluate on; None: all."""
 
 
 HUB = {

@@ -1,4 +1,4 @@
-"""What a model folder tells before any weight is read: its tokenizer and the longest window it allows."""
+"""A model folder's tokenizer, and the longest window that the model allows; no weight is read."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Windows:
     """(count, seqlen) int64."""
     source: str
     total_windows: int
-    """Windows that the text read held; at least `count`."""
+    """Windows in the text that was read; at least `count`."""
 
     @property
     def count(self) -> int:
@@ -120,7 +120,7 @@ def _packed(dataset: Any, tokenizer: Any, limit: int) -> list[int]:
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a stream longer than the model's maximum is the point here, not a mistake to warn of
+    # verbose=False: no warning that the stream is longer than the model's maximum, because it is cut into windows
     ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
     return ids
 

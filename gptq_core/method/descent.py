@@ -8,7 +8,8 @@ any code is known. Here everything is known. On E = (w - q)(H + λI)(w - q)ᵀ o
 
 Neither step can raise E, so a pass never makes a row worse. `slope` holds (q - w)(H + λI), half the gradient. It comes out of the
 sweep by one triangular product, and what a span of columns has moved reaches the next ones by one tall product each: a pass costs
-about as much as the sweep. These products may have bfloat16 operands: a slope off by 0.3 % moves no code that it is worth to move.
+about as much as the sweep. These products may have bfloat16 operands: with a slope that is off by 0.3 % only those codes change for
+which both values cost about the same.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ def descend(
     hessian is H in the same order, coarse the same in the dtype of the tall products, and damp is λ.
     """
     gain = slope.new_zeros(slope.shape[1])
-    moved = torch.zeros_like(slope, dtype=coarse.dtype)  # of each span, what the others have not been told yet
+    moved = torch.zeros_like(slope, dtype=coarse.dtype)  # what each span has changed and the others do not know yet
     columns, groups = slope.shape[0], fitted.scales.shape[0]
     for number in range(max(passes, 1)):
         for span in _spans(columns, groups):
-            told = slice(0, None if number else span.start)  # in the first pass nothing after the span has moved
+            others = slice(0, None if number else span.start)  # in the first pass nothing after the span has moved
             moved[span] = 0
             if number or span.start:
-                slope[span] += coarse[span, told] @ moved[told]
+                slope[span] += coarse[span, others] @ moved[others]
             own = hessian[span, span].clone()
             own.diagonal().add_(damp)
             within = slice(span.start * groups // columns, span.stop * groups // columns)
@@ -92,15 +93,15 @@ def _descend_span(
     gain = slope.new_zeros(slope.shape[1])
     moved = torch.zeros_like(slope)
     for g, start in enumerate(range(0, codes.shape[0], size)):
-        group, told = slice(start, start + size), slice(start if last else 0, None)
+        group, reach = slice(start, start + size), slice(start if last else 0, None)
         if scales:
             centred = codes[group].to(slope.dtype).sub_(fitted.zeros[g])
-            reached = own[told, group] @ centred
+            reached = own[reach, group] @ centred
             tilt = (centred * slope[group]).sum(0)
-            bend = (centred * reached[start - (told.start or 0) :][:size]).sum(0)
+            bend = (centred * reached[start - (reach.start or 0) :][:size]).sum(0)
             step = _scale_step(fitted.scales[g], tilt, bend)
             gain -= step * (2 * tilt + step * bend)
-            slope[told] += reached.mul_(step)
+            slope[reach] += reached.mul_(step)
             moved[group] = centred.mul_(step)
             fitted.scales[g] += step
         if moves_codes:
@@ -113,7 +114,7 @@ def _descend_span(
                 slope[block.stop :].addmm_(own[block.stop :, block], change)
                 if not last:
                     slope[:begin].addmm_(own[:begin, block], change)
-                    slope[block].addmm_(curvature.triu(), change)  # the lower half was told on the way
+                    slope[block].addmm_(curvature.triu(), change)  # the lower half was added on the way
     return moved, gain
 
 

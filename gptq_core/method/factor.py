@@ -23,7 +23,7 @@ from gptq_core.config import QuantizeConfig
 from gptq_core.errors import FactorizationError
 
 AUTO_RANGE = (0.005, 0.9)
-"""What `auto` damping stays within."""
+"""The range of `auto` damping."""
 PANEL = 256
 """Rows of H that are gathered together: few enough to stay in the cache."""
 DAMPING_SCHEDULE = (1.0, 10.0, 100.0)
@@ -59,7 +59,7 @@ class Factor:
 
 
 def column_order(diagonal: Float[Tensor, " n"], config: QuantizeConfig) -> Int[Tensor, " n"]:
-    """Original column index at each processing position, by the order that the config asks for.
+    """Original column index at each processing position, in the order that the config selects.
 
     desc_act, and act_group_aware with static groups: decreasing diag(H). act_group_aware otherwise: groups by their largest diagonal
     inside a group likewise, so that every group stays together. Otherwise the columns as they stand.
@@ -80,7 +80,7 @@ def damping(setting: float | str, share: float, columns: int, tokens: int) -> fl
     """The share of mean(diag H) that a `damp_percent` setting asks for; auto is `share` · columns / tokens, within AUTO_RANGE.
 
     A mean over T tokens leaves each entry of H uncertain by about 1/√T, and a regression on n columns fits the noise of n/T of its
-    degrees of freedom; damping in proportion to n/T keeps both in place (METHOD: README of this folder).
+    degrees of freedom; damping in proportion to n/T keeps both in place.
     """
     low, high = AUTO_RANGE
     return min(max(share * columns / tokens, low), high) if setting == "auto" else float(setting)

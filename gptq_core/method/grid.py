@@ -26,7 +26,7 @@ def fit(
 
 
 TILE = {"cpu": 64, "cuda": 512}
-"""Outputs that are dequantized together, so that what lies between codes and weights stays small, on the CPU in the cache."""
+"""Outputs that are dequantized together, so that the tensors between codes and weights stay small, on the CPU in the cache."""
 
 
 @dataclass(frozen=True)

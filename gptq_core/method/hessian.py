@@ -21,11 +21,11 @@ from gptq_core.kernels import c_loops, dispatch
 PANELS = 8
 """Column panels of the half product: narrow ones waste little above the diagonal, wide ones make large GEMMs."""
 PANEL_WIDTHS = {"cpu": (c_loops.PANEL, c_loops.PANEL), "cuda": (512, 2048)}
-"""The narrowest and the widest, between which the width is that of PANELS; on the CPU it is what the loop in C holds at once."""
+"""The smallest and the largest panel width; on the CPU it is what the loop in C holds at once."""
 
 
 class Hessian:
-    """Running sum of x xᵀ over the tokens seen by one input group; what lies above the diagonal is filled in with the mean."""
+    """Running sum of x xᵀ over the tokens seen by one input group; `mean` fills in what lies above the diagonal."""
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -42,7 +42,7 @@ class Hessian:
         _accumulate([(self._sum[start:, start:stop], x[:, start:], x[:, start:stop]) for start, stop in self._panels], lower=True)
 
     def mean(self) -> Float[Tensor, "in_features in_features"]:
-        """The symmetric mean (in, in), float32. It takes the place of the sum, to which nothing can be added any more."""
+        """The symmetric mean (in, in), float32. It overwrites the sum, so that nothing can be added afterwards."""
         if self._mean is None:
             self._mean = self._sum.div_(max(self.tokens, 1))
             for start, stop in self._panels:
@@ -100,7 +100,7 @@ class Shift:
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which inputs are multiplied; the sums are in float32 always."""
+    """The dtype in which inputs are multiplied; sums are always in float32."""
     if device.type == "cuda":
         kept = dtype in (torch.bfloat16, torch.float16)
     else:
@@ -120,7 +120,7 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _accumulate(products: list[c_loops.Product], lower: bool = False) -> None:
-    """total += leftᵀ right of each product, whose operands are in products_dtype; with `lower`, above a total's diagonal maybe not."""
+    """Add leftᵀ right to the total of each product. Operands are in products_dtype; `lower`: entries above the diagonal may be left out."""
     if products[0][2].is_cpu and products[0][2].dtype == torch.bfloat16:
         c_loops.add_products(products, lower)
         return

@@ -3,7 +3,7 @@
 A causal language model is built empty, on the meta device, and filled piece by piece from its checkpoint. Its decoder blocks
 are the one list of modules as long as the config says there are layers; its quantizable parts are the `nn.Linear` in them.
 What this engine cannot quantize yet (GPT-2's Conv1D, experts stacked in one 3-D parameter) is refused with its name, because
-leaving most of a model in silence as it was would look like success.
+silently leaving most of a model as it was would look like success.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def own_dtype(config: PretrainedConfig) -> torch.dtype | None:
 def choose_device(device: str | int | torch.device) -> torch.device:
     """A device by torch's name for it, or a GPU by its number; `auto` is the first GPU, or the CPU where there is none.
 
-    Raises InputError for what is no device and for one that this machine's torch does not see.
+    Raises InputError for an unknown name and for a device that this machine's torch does not see.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,8 +74,8 @@ def choose_device(device: str | int | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the forward. `auto` is the checkpoint's own on a GPU, and on a CPU that multiplies in bfloat16 for a checkpoint of
-    that dtype; else float32."""
+    """The dtype of the forward. `auto`: on a GPU the checkpoint's own; on a CPU bfloat16 if the processor multiplies in it and the
+    config names it or no dtype, else float32."""
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
         return named
@@ -85,7 +85,7 @@ def choose_dtype(dtype: str, config: PretrainedConfig, device: torch.device) -> 
 
 
 def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype that a model is judged in: float32 on the CPU, and the checkpoint's own on a GPU."""
+    """The dtype that a model is evaluated in: float32 on the CPU, the checkpoint's own on a GPU."""
     return torch.float32 if device.type == "cpu" else (own_dtype(config) or torch.bfloat16)
 
 

@@ -1,7 +1,7 @@
 """The model around its decoder blocks: what it hands to each of them, and what it makes of the last one's outputs.
 
-The model's own code runs, with a stand-in for every block: so masks, positions, embeddings, final norms and heads are as they are,
-whatever the architecture, and no block is computed, except the first one on a few tokens, to see what it returns.
+The model's own code runs, with a stand-in for every block: so masks, positions, embeddings, final norms and heads are the model's
+own, whatever the architecture, and no block is computed, except the first one on a few tokens, to see what it returns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Report = Callable[[int, Tensor, Call], Tensor]
 
 
 class StandIn(nn.Module):
-    """Takes a decoder block's place while the model around it runs: reports the call and passes on what it is told to."""
+    """Replaces a decoder block while the model around it runs: reports the call, and returns the hidden states that `report` returns."""
 
     def __init__(self, block: nn.Module, index: int, report: Report, as_tuple: bool) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def _standing_in(blocks: nn.ModuleList, report: Report, as_tuple: bool) -> Itera
 
 
 class _Reached(Exception):
-    """The forward came to the module it was meant for; what follows would be wasted."""
+    """Ends a forward at the module that it was for; the rest would be wasted."""
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def finish(
     as_tuple: bool,
     take: Callable[[Tensor], None],
 ) -> None:
-    """Hand `take` the inputs of the head for every batch, given the outputs of the last block."""
+    """Call `take` with the inputs of the head for every batch, given the outputs of the last block."""
 
     def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
         take(args[0])

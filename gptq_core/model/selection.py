@@ -34,7 +34,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Selection:
-    """What becomes of each linear of the decoder blocks, and of the head where it is quantized. Names are full ones."""
+    """What happens to each linear of the decoder blocks, and to the head if it is quantized. All names are full names."""
 
     prefix: str
     """Name of the list of blocks."""
@@ -127,7 +127,7 @@ def _head(decoder: Decoder) -> str:
 
 
 def _check_names(decoder: Decoder, config: QuantizeConfig, linears: dict[str, tuple[int, int]]) -> None:
-    """What the config calls by name is there."""
+    """Raise InputError for a name or a rule in the config that matches no linear."""
     known = {name for block in decoder.blocks for name in linears_of(block)}
     for name in config.modules or []:
         if name not in known:
@@ -141,7 +141,7 @@ def _check_names(decoder: Decoder, config: QuantizeConfig, linears: dict[str, tu
 
 
 def _check_rules(config: QuantizeConfig, linears: Iterable[str], left: dict[str, str]) -> None:
-    """Every rule decides about a linear that could be quantized."""
+    """Raise InputError for a rule that decides about no linear that could be quantized."""
     free = [name for name in linears if name not in left or left[name].startswith("dynamic: ")]
     deciding = {config.rule_for(name) for name in free}
     for rule in config.dynamic or {}:
@@ -157,7 +157,7 @@ def _check_rules(config: QuantizeConfig, linears: Iterable[str], left: dict[str,
 
 
 def _stored(layers: dict[str, Layer], name: str) -> dict[str, Any] | None:
-    """What the files say about a linear; None: it is not quantized."""
+    """The keys that the files record for a linear; None: it is not quantized."""
     return {key: getattr(layers[name].config, key) for key in KEYS_ON_DISK} if name in layers else None
 
 
@@ -170,8 +170,8 @@ def _rules(decoder: Decoder, config: QuantizeConfig, layers: dict[str, Layer], l
     rules = {
         _never_literal(rule): {k: v for k, v in changes.items() if k in KEYS_ON_DISK} for rule, changes in (config.dynamic or {}).items()
     }
-    told = {name: config.rule_for(name) for name in left}
-    negative = _compressed(decoder, [name for name, rule in told.items() if rule is None or not rule.startswith("-:")])
+    rule_of = {name: config.rule_for(name) for name in left}
+    negative = _compressed(decoder, [name for name, rule in rule_of.items() if rule is None or not rule.startswith("-:")])
     rules = {f"-:{pattern}": {} for pattern in negative} | rules
     fused_rules: dict[str, dict[str, Any]] = {}
     for fused, members in _fused(layers.keys() | left.keys()).items():
@@ -201,7 +201,7 @@ def _rules(decoder: Decoder, config: QuantizeConfig, layers: dict[str, Layer], l
 
 
 def _on_disk(rules: dict[str, dict[str, Any]], config: QuantizeConfig, name: str) -> dict[str, Any] | None:
-    """What a reader of the rules takes for a name; None: not quantized."""
+    """The keys that a reader of the rules finds for a name; None: not quantized."""
     rule = next((rule for rule in rules if re.match(expression(rule), name)), None)
     if rule is not None and rule.startswith("-:"):
         return None
@@ -209,7 +209,7 @@ def _on_disk(rules: dict[str, dict[str, Any]], config: QuantizeConfig, name: str
 
 
 def _never_literal(rule: str) -> str:
-    """The rule, so written that GPTQModel matches it from the start of a name as well: it compares plain text to whole names."""
+    """The rule, written so that GPTQModel too matches it from the start of a name: it compares plain text to whole names."""
     plain = re.fullmatch(r"(?:\\\W|[^\\.^$*+?{}\[\]()|])*", expression(rule))
     return f"{rule[:2] if rule != expression(rule) else ''}(?:{expression(rule)})" if plain else rule
 
@@ -237,7 +237,7 @@ def _fused(names: Any) -> dict[str, list[str]]:
 
 
 def _check_tensors(source: Checkpoint, decoder: Decoder) -> None:
-    """Every tensor of the model is there, in its shape. Tied ones may be absent, and may not be something else."""
+    """Raise InputError for a missing tensor, a wrong shape, or a tied tensor that differs from its twin; it may be absent."""
     tied = getattr(decoder.model, "all_tied_weights_keys", {})
     expected = {name: tuple(tensor.shape) for name, tensor in decoder.model.state_dict().items()}
     found = {name: source_name(decoder.model, name, source.__contains__) for name in expected}
@@ -275,7 +275,7 @@ def bits_on_disk(in_features: int, out_features: int, bits: int, group_size: int
 
 
 def units_of(selection: Selection) -> dict[str, list[str]]:
-    """Name of each unit to its linears. Raises InputError where fused linears are not quantized alike."""
+    """The linears of each unit, by the name of the unit. Raises InputError where fused linears are not quantized alike."""
     if selection.parted:
         raise InputError(
             f"quantization.allocate: {' and '.join(selection.parted[0])} get one width, but not all of them are quantized; "

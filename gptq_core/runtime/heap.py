@@ -1,8 +1,8 @@
 """The C library's heap. Tensors of a few MB lie there, and a forward takes and frees hundreds of them.
 
 glibc gives what is free at the heap's end back to the system as soon as it is more than twice the largest tensor so far, and the next
-tensor faults the same pages in again, one by one: of a small model's run that is a third where faults are dear, as in virtual machines.
-So while a model is quantized free pages are kept. Large tensors of the solver, which are mapped on their own, come on top of them.
+tensor faults the same pages in again, one by one: that is a third of a small model's run where page faults are expensive, as in virtual
+machines. So while a model is quantized free pages are kept. Large tensors of the solver, which are mapped on their own, come on top.
 
 Nothing here does anything where the C library is not glibc.
 """
@@ -25,7 +25,7 @@ def keep() -> None:
 
 
 def let_go() -> None:
-    """Give all free pages back, and from now on again what glibc itself comes to once it has seen tensors of ON_HEAP."""
+    """Give all free pages back, and set the thresholds that glibc itself arrives at once it has seen tensors of ON_HEAP bytes."""
     _set(_TRIM_THRESHOLD, 2 * ON_HEAP)
     give_back()
 

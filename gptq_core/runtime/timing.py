@@ -16,7 +16,7 @@ import torch
 
 
 class Stages:
-    """The stages of one run. Entered by one thread; what others do beside it is told by `add`."""
+    """The stages of one run. One thread enters them; work of other threads comes in through `add`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
