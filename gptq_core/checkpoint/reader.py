@@ -1,7 +1,7 @@
 """Read a model folder one tensor at a time.
 
-Only safetensors are read: a pickle can run code when it is loaded. Headers are parsed once; a tensor's bytes are touched when
-it is asked for, so a model larger than memory is no obstacle.
+Only safetensors are read: a pickle can run code when it is loaded. Headers are parsed once; a tensor's bytes are read on
+access, so a model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class Checkpoint:
         return name in self._where
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU: mapped, so that its bytes are read when they are looked at, and stay as long as this object."""
+        """The tensor as stored, on the CPU, memory-mapped: bytes are read on first access, and stay mapped as long as this object lives."""
         return self._mapped(name)
 
     def read_apart(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, as stored, on the CPU, each in memory of its own that leaves with it.
+        """Tensors by name, as stored, on the CPU, each in memory of its own, which is released with it.
 
         Raises InputError where a file is no longer the one that was opened.
         """
@@ -116,12 +116,12 @@ class Checkpoint:
             path = self.folder / self._file(name)
             with path.open("rb") as opened:
                 if _stamp(os.fstat(opened.fileno())) != self._stamps[path.name]:
-                    raise InputError(f"{path}: was changed while the model was read; begin again, with a model that nobody writes to")
+                    raise InputError(f"{path}: was changed while the model was read; begin again, with a folder that nothing else writes to")
                 found[name] = _read(opened, self._start(opened, name), self._mapped(name))
         return found
 
     def expect(self, names: Iterable[str]) -> None:
-        """Have the system read these tensors from the disk into its cache meanwhile, where it knows how to."""
+        """Let the system read these tensors from the disk into its cache in the background, where it supports that."""
         if not hasattr(os, "posix_fadvise"):
             return
         for name in names:
@@ -136,7 +136,7 @@ class Checkpoint:
         return tensor
 
     def _start(self, opened: io.BufferedReader, name: str) -> int:
-        """Where in its file the bytes of a tensor begin, which safe_open does not tell."""
+        """Offset of a tensor's bytes in its file, which safe_open does not report."""
         file = self._where[name]
         if file not in self._starts:
             size = int.from_bytes(opened.read(8), "little")
@@ -170,7 +170,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _read(opened: io.BufferedReader, start: int, like: Tensor) -> Tensor:
-    """A tensor from its bytes, in pages of its own: the heap would keep them."""
+    """Read a tensor into pages of its own; on the heap they would be kept after its release."""
     if not like.numel():
         return torch.empty_like(like)
     pages = mmap.mmap(-1, like.nbytes)
@@ -180,7 +180,7 @@ def _read(opened: io.BufferedReader, start: int, like: Tensor) -> Tensor:
 
 
 known_sha256: dict[str, str] = {}
-"""Digests by path, size and time of change: one process reads a shard once, and may hand what it knows to another one."""
+"""Digests by path, size and time of change: a process hashes a shard once, and may pass its digests to another process."""
 
 
 def _unchanged_sha256(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 Work happens in `<out>.partial` under a kernel lock on `<out>.lock`. A decoder block's file is a final shard: written to a
 temporary name, fsynced, renamed into place, and only then named, with its sha256, by one line of `manifest.jsonl`. So after a
-kill −9 the manifest tells exactly what is finished. Publishing renames the folder to `<out>`; its manifest is the last thing
+kill −9 the manifest lists exactly what is finished. Publishing renames the folder to `<out>`; its manifest is the last thing
 written. Nothing in the folder depends on the clock: a resumed run gives the same bytes as an uninterrupted one.
 """
 
@@ -56,7 +56,7 @@ class OutputFolder:
         self._lock.flush()
 
     def close(self) -> None:
-        """Give the lock back, when all that is being written is written."""
+        """Wait for pending writes, and release the lock."""
         self._beside.shutdown()
         self._lock.close()
 
@@ -79,7 +79,7 @@ class OutputFolder:
             )
         begun = self._read(self.partial)
         if begun and begun[0]["key"] == key:
-            # believed only after a look: a block whose file is gone or changed is missing, and so are its outputs for the next
+            # files are verified: a block whose file is gone or changed counts as missing
             self.records = [record for record in begun if "file" not in record or self._intact(record)]
             self._rewrite(self.records)  # also drops a last line that a crash left incomplete
             return False
@@ -113,7 +113,7 @@ class OutputFolder:
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         except ValueError as error:
-            raise CorruptCheckpointError(f"{path}: a line cannot be read ({error}): remove {folder}, and its work is done anew") from error
+            raise CorruptCheckpointError(f"{path}: a line cannot be read ({error}): remove {folder}, and its work is done again") from error
 
     def _intact(self, record: dict[str, Any]) -> bool:
         path = self.partial / record["file"]
@@ -140,8 +140,8 @@ class OutputFolder:
         return record
 
     def write_beside(self, file: str, tensors: dict[str, Tensor], record: dict[str, Any], took: Callable[[float], None]) -> None:
-        """`write_shard` by another thread, one shard at a time; `took` is told its seconds. Raises what the one before failed with."""
-        self.settle()
+        """`write_shard` in another thread, one shard at a time; calls `took` with its seconds. Raises the error of the write before."""
+        self.wait()
 
         def write() -> None:
             started = time.perf_counter()
@@ -150,8 +150,8 @@ class OutputFolder:
 
         self._writing = self._beside.submit(write)
 
-    def settle(self) -> None:
-        """Wait for what `write_beside` began. Raises what it failed with, once."""
+    def wait(self) -> None:
+        """Wait for the write that `write_beside` began. Raises its error, once."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
@@ -223,7 +223,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _difference(records: list[dict[str, Any]], run: dict[str, Any]) -> str:
-    """How the run that wrote a folder differs from the one asked for, in words."""
+    """How the run that wrote a folder differs from the requested one, in words."""
     if not records:
         return ""
     there = records[0]

@@ -173,7 +173,7 @@ class Quantization:
                 "allocate(model, config, windows).apply(config) returns"
             )
         self._position = -1
-        self.output.settle()
+        self.output.wait()
         [self._captured] = self.stream.enter(self.windows)
         self._original = self._states.copy() if self.config.target_shift else None
         self._position = 0
@@ -248,11 +248,11 @@ class Quantization:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
         if self.finished:
             return self._published(self.output.records[-1]["summary"])
-        self.output.settle()
+        self.output.wait()
         for index in range(self.block_count):
-            if not self.output.block(index):  # its writing failed, which its own call could not tell
+            if not self.output.block(index):  # its write failed after its own call had returned
                 self.quantize_block(index)
-        self.output.settle()
+        self.output.wait()
         source, decoder = self.stream.source, self.stream.decoder
         with self.stream.timed("write"):
             rest, unused = assembly.outside_blocks(decoder, source)

@@ -1,4 +1,4 @@
-"""What a finished run tells about its checkpoint: sizes, counts, what was left or fell back, and who will load it."""
+"""The summary of a finished checkpoint: sizes, counts, what was left or fell back, and who will load it."""
 
 from __future__ import annotations
 
