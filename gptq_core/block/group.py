@@ -1,4 +1,4 @@
-"""One input group: the Hessian that its members share in, the solution and the report of each member out."""
+"""Solve an input group: from the Hessian that its members share, the solution and the report of each member."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptq_core.method.hessian import Hessian, Shift
 from gptq_core.runtime.timing import Stages
 
 Factorize = Callable[[Tensor, QuantizeConfig, str, int], Factor]
-"""`factor.factorize`, or what keeps its results for others that solve on the same Hessian."""
+"""`factor.factorize`, or a version that keeps its results for others that solve on the same Hessian."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _solve_alike(
         solved = solver.round_to_nearest(weights, config)
     parts = [(weight, solved.rows(*span)) for weight, span in zip(weights.split(_rows(members)), _spans(members), strict=True)]
     figures = _figures(parts, prepared)
-    del prepared  # whoever is told of a solution makes weights of it
+    del prepared  # whoever receives a solution makes weights of it
     for member, (weight, solution), (loss, relative_error, finite) in zip(members, parts, figures, strict=True):
         if not finite:
             raise FactorizationError(f"{member.name}: scales are not finite; its weights are not finite or exceed float16")

@@ -21,17 +21,17 @@ from gptq_core.model.capture import Call
 
 WINDOWS_A_STEP = 4
 HELD_OUT = 8
-"""One window of so many judges the tuning instead of driving it."""
+"""One in this many windows judges the tuning instead of driving it."""
 LATENT_RATE = 0.002
-"""Of a step of the grid. Adam moves every latent by about its rate, wanted or not: more is noise in the codes."""
+"""Learning rate of the latents, in steps of the grid. Adam moves each by about that much a step: a larger rate makes codes noisy."""
 SCALE_RATE = 0.01
-"""Of the mean |scale| of a layer."""
+"""Learning rate of the scales, as a share of the mean |scale| of a layer."""
 BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What tuning a block came to: the mean squared error of its outputs on the windows that were kept out."""
+    """The result of tuning a block: the mean squared error of its outputs on the windows that were kept out."""
 
     steps: int
     error_before: float

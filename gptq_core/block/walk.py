@@ -6,7 +6,7 @@ group, writes the quantized weights into the modules, and resumes the batches th
 sees quantized weights. So the pass that captures is also the pass that computes the outputs, and no layer is run twice.
 
 Input groups are discovered by a probe: linears that receive the very same tensor object form one group (q, k and v; gate and
-up, in call order. No table of architectures is needed.
+up), in call order. No table of architectures is needed.
 
 Where targets are shifted, each coroutine has a shadow: the same batch on its way through the original block, resumed whenever the
 inputs of a group are compared, so that a group's two inputs are never kept for more than one batch.
@@ -98,7 +98,7 @@ def walk(
     `solve` receives each group and its Hessian and must write the quantized weights into the modules. With `true_sequential`
     it is called group by group inside one forward of every batch; without, all Hessians come from one pass with the original
     weights, and a second pass computes the outputs. `timed` measures the stages hessian and shift; the rest is the forward.
-    `once`: nobody wants the block's weights after the walk, so each may be given up when the last batch has passed its linear.
+    `once`: the block's weights are not needed after the walk, so each is released when the last batch has passed its linear.
     """
     timed = timed or Stages(hidden_states[0].device)
     hessians: dict[int, Hessian] = {}
@@ -169,7 +169,7 @@ def walk(
 
 
 def _given_up_after(passes: int, linear: nn.Linear) -> RemovableHandle:
-    """A hook that releases the weight of a linear after so many forwards. One that some batch goes around keeps it."""
+    """Register a hook that releases a linear's weight after `passes` forwards; a linear that some batch bypasses keeps it."""
     left = itertools.count(passes - 1, -1)
 
     def hook(module: nn.Linear, _args: tuple[Any, ...], _output: Tensor) -> None:

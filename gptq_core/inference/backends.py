@@ -80,7 +80,7 @@ class Packed(Protocol):
 
 
 def stored(source: Checkpoint, format: str) -> list[Layer]:
-    """The distinct layers of a checkpoint, told by its tensors and not by its labels; qweight is not read."""
+    """The distinct layers of a checkpoint, by its tensors and not by its labels; qweight is not read."""
     found = []
     for name in source.names:
         if name.endswith(".qweight"):
@@ -108,7 +108,7 @@ def choose(
 
     dtype: of the arithmetic. None is the first that the kernel takes of: what load_quantized would use in torch, `own` (that of
     the checkpoint), float16, bfloat16. Raises InputError for an unknown name, when gptqmodel is not installed, and when the
-    kernel does not take a layer, the device or the dtype; it names the kernels that do. A kernel that must be compiled is.
+    kernel does not take a layer, the device or the dtype; it names the kernels that do. A kernel that must be compiled is compiled.
     """
     name = named(backend)
     if name is None:
@@ -185,7 +185,7 @@ def _converted(name: str, packed: Packed, kernel: Kernel) -> nn.Module:
 
 
 def _layer(name: str, qweight: Sequence[int], scales: Sequence[int], qzeros: Tensor, g_idx: Tensor | None, format: str) -> Layer:
-    """The layer of packed tensors; of qweight and scales the shapes do."""
+    """The layer that packed tensors make up; of qweight and scales only the shapes are needed."""
     (rows, out), groups = qweight, scales[0]
     bits = qzeros.shape[1] * 32 // out
     if bits not in (2, 3, 4, 8) or rows % bits or qzeros.shape[0] != groups:

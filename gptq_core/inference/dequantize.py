@@ -1,7 +1,6 @@
-"""Back again: a quantized checkpoint to a dense one, shard by shard.
+"""Turn a quantized checkpoint into a dense one, shard by shard, for tools that do not read GPTQ.
 
-What comes out are the weights that a consumer of the packed files computes, in the model's own dtype: an ordinary checkpoint
-for tools that do not read GPTQ.
+Its weights are those that a consumer of the packed files computes, in the model's own dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gptq_core.model.architecture import load_config, own_dtype
 
 
 def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Write the dense twin of a GPTQ checkpoint to the new folder `out`. dtype: None is that of the checkpoint's config.
+    """Write a GPTQ checkpoint as a dense one to the new folder `out`. dtype: None is that of the checkpoint's config.
 
     Raises InputError when `checkpoint` is not quantized or `out` exists or cannot be made. `out` appears when it is complete.
     """

@@ -31,7 +31,7 @@ from gptq_core.model.architecture import choose_device, judging_dtype, load_conf
 LOGITS_AT_ONCE = 2**22
 """Logits that are held at a time, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache."""
 FEWEST_POSITIONS = 128
-"""Of a window that exceeds it, so many positions at least: the head's weights are read once for each piece."""
+"""Fewest positions in a piece of a window that exceeds it: the head's weights are read once for each piece."""
 
 Progress = Callable[[int, int], None]
 
@@ -117,7 +117,7 @@ def load_for_evaluation(path: str, device: str = "auto", revision: str | None = 
 def evaluate_one(
     model_path: str, windows: Windows, *, device: str = "auto", backend: str | None = None, progress: Progress | None = None
 ) -> Perplexity:
-    """Perplexity of one model, dense or quantized. backend: who runs the quantized linears, as in `load_quantized`."""
+    """Perplexity of one model, dense or quantized. backend: as in `load_quantized`."""
     model = load_for_evaluation(model_path, device, backend=backend)
     losses = window_losses(model, windows, progress)
     return {"perplexity": perplexity(losses, windows), "tokens": windows.count * (windows.seqlen - 1)}
@@ -130,7 +130,7 @@ def window_losses(model: PreTrainedModel, windows: Windows, progress: Progress |
 
 
 def perplexity(losses: list[float], windows: Windows) -> float:
-    """Of a text whose windows have these losses."""
+    """Perplexity of a text whose windows have these losses."""
     return math.exp(sum(losses) / (windows.count * (windows.seqlen - 1)))
 
 
@@ -148,7 +148,7 @@ def evaluate_pair(
 ) -> PairFigures:
     """Original and quantized on the same windows: perplexities, KL(original ‖ quantized) per token, top-1 agreement and flips.
 
-    kl, top1_agreement and flips are None with `kl=False`. backend: who runs the linears of `checkpoint`, as in `load_quantized`.
+    kl, top1_agreement and flips are None with `kl=False`. backend: for `checkpoint`, as in `load_quantized`.
     stored: a file that `store_original` wrote for this original and these windows; the original is not run then.
     """
     model = load_for_evaluation(checkpoint, device, backend=backend)
@@ -170,7 +170,7 @@ def store_original(
 ) -> None:
     """Run the original once for many checkpoints: its log-probabilities, float32 (windows, seqlen − 1, vocabulary), as .npy.
 
-    The file appears whole or not at all. What is read from it is bit for bit what the model says on the same device.
+    The file appears whole or not at all. What is read from it is bit for bit what the model computes on the same device.
     """
     model = load_for_evaluation(model_path, device, revision)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -234,7 +234,7 @@ def _judged(model: PreTrainedModel, windows: Windows, progress: Progress | None 
 def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[Callable[[slice], Tensor]]:
     """A function from positions to their logits: the model's own, so that scaling and capping of any kind are in them.
 
-    Where not all positions are wanted at once, the body is run once and the model's forward is run on what it said, a piece at a time.
+    If not all positions fit at once, the body is run once, and then the model's forward on the body's outputs, a piece at a time.
     """
     body = model.base_model
     sliceable = body is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -244,8 +244,8 @@ def _logits(model: PreTrainedModel, batch: Tensor, positions: int) -> Iterator[C
         yield lambda here: found[:, here]
         return
     with torch.no_grad():
-        said = body(input_ids=batch, use_cache=False)
-    body.forward = lambda *_args, **_kwargs: said  # hides the method of the class
+        outputs = body(input_ids=batch, use_cache=False)
+    body.forward = lambda *_args, **_kwargs: outputs  # hides the method of the class
     try:
 
         @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Run a packed checkpoint: QuantizedLinear in plain torch, and load_quantized, which can also put GPTQModel's kernels in its place."""
+"""Run a packed checkpoint: QuantizedLinear in plain torch, and load_quantized, which can also load GPTQModel's kernels in its place."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def load_quantized(
     dtype: of everything else and of the arithmetic; None is float32 on the CPU, where it costs nothing in accuracy, and the
     checkpoint's own dtype elsewhere. device: torch's name for it, a GPU's number, or 'auto'; None is the CPU. backend: None or
     'torch' is plain torch; the name of a kernel of GPTQModel (see `kernels`) puts that in, and where it does not take the default
-    dtype, None is the checkpoint's own or else float16 or bfloat16. Reads `gptq` and `gptq_v2`, with or without g_idx, whoever
-    wrote them.
+    dtype, None is the checkpoint's own or else float16 or bfloat16. Reads `gptq` and `gptq_v2` of any writer, with or
+    without g_idx.
 
     Raises InputError for a folder that is not a GPTQ checkpoint, for a device that is not there, and for a backend that is
     unknown, not installed, or not possible for this checkpoint and device; CorruptCheckpointError for a checkpoint that
@@ -126,7 +126,7 @@ def _packed_linear(
         return source.read(found or f"{name}.{leaf}").to(device)  # which raises where there is none
 
     qweight, qzeros, scales = read("qweight"), read("qzeros"), read("scales")
-    # the words tell the width of this layer, also where a checkpoint mixes widths
+    # the width of this layer, from its shape: a checkpoint may mix widths
     bits = qweight.shape[0] * 32 // linear.in_features
     if locate(f"{name}.g_idx"):
         g_idx = read("g_idx")

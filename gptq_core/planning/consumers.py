@@ -1,4 +1,21 @@
-"""Who loads a checkpoint: a table of consumers, and the verdict of each on a plan."""
+"""Who loads a checkpoint: a table of consumers, and the verdict of each on a plan.
+
+`CONSUMERS` is the one table of who accepts what, each row with the version that it was read from. Rows and versions are those of
+the project's format notes, read from the published sources and, for GPTQModel and transformers, held by tests/consumers:
+
+- vLLM, `auto_gptq.py` and `gptq_utils.py`: (bits, sym) must be (4 | 8, true) for the checkpoint's own keys and for every rule;
+  Marlin's group sizes; linears are looked up by their fused names. `modules_in_block_to_quantize` is a list of substrings that must
+  name every quantized linear, the head too, so ours is left out where the head is quantized. Tiles are padded.
+- SGLang, `gptq.py`: the same keys, no padding. Marlin's kernel finds no tile unless in and out are multiples of 64 and one of
+  them of 128; `check_marlin_supports_shape` knows, and its answer is not looked at.
+- Both pad a head's vocabulary to 64 and copy packed columns only into a room of their own width.
+- transformers replaces, through optimum, every linear of a block, or those in `modules_in_block_to_quantize`; it reads no rules,
+  and nothing outside the blocks. Kernels are GPTQModel's.
+- GPTQModel reads rules and the head, not `modules_in_block_to_quantize`. It takes asymmetric zeros stored minus one only from itself.
+
+All four read both layouts of the zeros: vLLM and SGLang take symmetric files only and never look at their zeros. What depends on
+the machine (GPU, kernel, tensor parallelism) or on the architecture being known there is not judged.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
 
 - capture: what stands before the blocks, one block, hidden states T·h·e, one batch on its way.
 - walk: hidden states T·h·e, once more where targets are shifted (the original's stream) or a block is tuned (its inputs); the block dense
-  and whole, though its weights leave when all have passed them, once more as stored where that is another dtype, and its twin where
+  and whole, though its weights leave when all have passed them, once more as stored where that is another dtype, and its copy where
   targets are shifted; what every batch holds while it waits at an input group (footprint.py), twice with targets shifted; and with the
   group of n inputs and o stacked rows what solving it takes: n² float32 for H and for its factor, both once more in the dtype of the tall
   products, n·o for the weights and their codes, and for the rows that are solved at once float32 targets, errors and slopes. See
@@ -15,8 +15,8 @@ Memory is the highest of these stages. With T calibration tokens, h the hidden s
   what KL makes of them), and the hidden states that the engine has not given up yet. For a large model this is the highest.
 - allocation, where widths are chosen: block by block PROBE_TOKENS tokens for each unit and width.
 
-On the CPU all of that is in the process, and what is outside the blocks as it is mapped to be written. Mapped files count as resident, but
-the system takes such pages back when memory runs short, so `mapped_bytes` of `host_bytes` are no need.
+On the CPU all of that is in the process, and what is outside the blocks as it is mapped to be written. Mapped files count as resident:
+`mapped_bytes` are part of `host_bytes`, but the system can evict such pages when memory runs short.
 
 Seconds are floating-point operations over the measured rate of a product, in the dtype of the forward or in float32, bytes over the
 measured rate of an elementwise operation and of sha256, and columns and weights over the rates of a small layer solved with the run's own
@@ -259,7 +259,7 @@ class _Costs:
         size = n if self.config.group_size == -1 else self.config.group_size
         span, coarse = min(n, max(BLOCK, size)), self.products.itemsize
         fitting = n if self.config.static_groups or size == n else span  # min_max looks at all groups at once
-        packed = coarse if self.products != torch.float32 else 0  # oneDNN lays an operand out anew
+        packed = coarse if self.products != torch.float32 else 0  # oneDNN copies an operand into a layout of its own
         swept = FLOAT + (1 + descends) * coarse + packed + FLOAT * max(STEP_TENSORS * span, fitting) / n
         descended = FLOAT + coarse + packed + 1 + STEP_TENSORS * FLOAT * span / n if descends else 0.0
         latents = 7 * FLOAT + coarse if self.config.tuning_steps else 0.0

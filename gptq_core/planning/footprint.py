@@ -6,7 +6,7 @@ The parts around the blocks run for real, on weights of one repeated zero, becau
 
 Fused attention is taken as fused: its kernels never hold the square of the window, which its meta form would.
 
-`resident` tells what that comes to in a process. A large tensor is mapped and goes back to the system when it is released. Below
+`resident` computes what that takes in a process. A large tensor is mapped and goes back to the system when it is released. Below
 ON_HEAP it lies in the C library's heap, where a hole that one tensor leaves is often too small for the next: what the walk keeps for
 every batch at once then takes up to twice its size. The heap is simulated: best fit, neighbours joined, as glibc does it.
 """
@@ -46,7 +46,7 @@ class Footprint:
     events: tuple[Events, ...]
     """Before the first group, between the groups, and behind the last one."""
     entering: int
-    """The hidden states; nobody made them inside the block."""
+    """The hidden states, which are made outside the block."""
     made: int
     """All tensors that the forward makes, one after another."""
     assumed: bool = False
@@ -74,7 +74,7 @@ class Footprint:
 
 
 class _Follow(TorchDispatchMode):
-    """Follows storages. Views of what was there before, and the tensors that come in from outside, are nobody's making."""
+    """Follows storages. Views of known storages, and tensors that come in from outside, are not counted as made."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations

@@ -1,21 +1,4 @@
-"""What a run will make and who will load it, told before any work.
-
-`CONSUMERS` is the one table of who accepts what, each row with the version that it was read from. Rows and versions are those of
-the project's format notes, read from the published sources and, for GPTQModel and transformers, held by tests/consumers:
-
-- vLLM, `auto_gptq.py` and `gptq_utils.py`: (bits, sym) must be (4 | 8, true) for the checkpoint's own keys and for every rule;
-  Marlin's group sizes; linears are looked up by their fused names. `modules_in_block_to_quantize` is a list of substrings that must
-  name every quantized linear, the head too, so ours is left out where the head is quantized. Tiles are padded.
-- SGLang, `gptq.py`: the same keys, no padding. Marlin's kernel finds no tile unless in and out are multiples of 64 and one of
-  them of 128; `check_marlin_supports_shape` knows, and its answer is not looked at.
-- Both pad a head's vocabulary to 64 and copy packed columns only into a room of their own width.
-- transformers replaces, through optimum, every linear of a block, or those in `modules_in_block_to_quantize`; it reads no rules,
-  and nothing outside the blocks. Kernels are GPTQModel's.
-- GPTQModel reads rules and the head, not `modules_in_block_to_quantize`. It takes asymmetric zeros stored minus one only from itself.
-
-All four read both layouts of the zeros: vLLM and SGLang take symmetric files only and never look at their zeros. What depends on
-the machine (GPU, kernel, tensor parallelism) or on the architecture being known there is not judged.
-"""
+"""What a run will write, from config.json and tensor headers alone."""
 
 from __future__ import annotations
 
@@ -54,7 +37,7 @@ class Plan:
     decoder: Decoder
     """The empty model, float32."""
     dtype: torch.dtype | None
-    """In which the config says that the model is stored."""
+    """Of the stored model, as its config names it."""
     notes: tuple[str, ...] = ()
 
 
@@ -83,7 +66,7 @@ def plan(model_path: str, config: QuantizeConfig, revision: str | None = None) -
 
 PRESUMED = "config.json only: shapes are the model's own, and sizes assume the dtype that it names (float32 where none)"
 BYTES_A_NAME, BYTES_A_LAYER = 90, 420
-"""Of a tensor in the index and in the manifest, and of a layer's report."""
+"""What a tensor takes in the index and in the manifest, and what a layer's report takes."""
 SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -100,7 +83,7 @@ Header = tuple[str, tuple[int, ...]]
 
 
 class Presumed(Checkpoint):
-    """Stands for the checkpoint of a folder that has none: the tensors of the empty model. Only their headers can be asked for."""
+    """Stands for the checkpoint of a folder that has none: the tensors of the empty model. Only their headers can be read."""
 
     def __init__(self, folder: Path, decoder: Decoder, dtype: torch.dtype | None) -> None:
         self.folder = folder
@@ -118,7 +101,7 @@ class Presumed(Checkpoint):
         return self._headers[name]
 
     def bytes(self) -> int:
-        """Of one shard with all tensors."""
+        """Size of one shard with all tensors."""
         return _file_bytes(self._headers)
 
 

@@ -1,4 +1,4 @@
-"""How fast this machine is: rates measured in a second, for the estimate."""
+"""Rates of this machine for the estimate, measured in about a second."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Rates:
-    """Of this machine, measured."""
+    """Measured rates of this machine."""
 
     product: float
     """Floating-point operations a second in a matrix product, in the dtype of the forward."""
@@ -38,7 +38,7 @@ class Rates:
 
 
 PROBED = 256
-"""Columns of the layer that is solved to measure."""
+"""Columns of the layer whose solving is measured."""
 
 
 PROBED_ROWS = (64, 1024)
@@ -81,7 +81,7 @@ def _probe(config: QuantizeConfig, rows: int, device: torch.device, dtype: torch
 
 
 def least(work: Callable[[], Tensor | Any], device: torch.device, times: int = 3) -> float:
-    """Seconds of the quickest of some runs, after one that does not count."""
+    """Seconds of the fastest run, after one that does not count."""
     found = []
     for _ in range(times + 1):
         started = time.perf_counter()
