@@ -116,7 +116,7 @@ class Checkpoint:
             path = self.folder / self._file(name)
             with path.open("rb") as opened:
                 if _stamp(os.fstat(opened.fileno())) != self._stamps[path.name]:
-                    raise InputError(f"{path}: was changed while the model was read; begin again, with a folder that nothing else writes to")
+                    raise InputError(f"{path}: was changed while the model was read; begin again, with a folder that stays as it is")
                 found[name] = _read(opened, self._start(opened, name), self._mapped(name))
         return found
 
