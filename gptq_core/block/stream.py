@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gptq_core.block import walk
-from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.data.windows import Windows
 from gptq_core.errors import InputError
 from gptq_core.method.hessian import Hessian
 from gptq_core.model import architecture, capture
-from gptq_core.model.architecture import Decoder, Read
+from gptq_core.model.architecture import Read
+from gptq_core.model.opened import Model, OpenedModel, open_model
 from gptq_core.runtime import heap
 from gptq_core.runtime.timing import Stages
 from gptq_core.work_sizes import TOKENS_PER_FORWARD
@@ -77,9 +77,10 @@ def check_token_ids(windows: Windows, config: PretrainedConfig, role: str) -> No
 class BlockStream:
     """A causal language model, filled block by block. Closed by `close` or `with`."""
 
-    def __init__(self, source: Checkpoint, decoder: Decoder, device: torch.device, dtype: torch.dtype) -> None:
-        self.source, self.decoder, self.device, self.dtype = source, decoder, device, dtype
-        self.block_count = len(decoder.blocks)
+    def __init__(self, model: OpenedModel, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self.source, self.decoder = model.source, model.decoder(dtype)
+        self.block_count = len(self.decoder.blocks)
         self.timed = Stages(device)
         self._first: dict[str, Tensor] | None = None  # the first block's tensors, from `enter`, which runs it, to their use
         self._reader = ThreadPoolExecutor(max_workers=1)
@@ -88,12 +89,11 @@ class BlockStream:
             heap.keep()
 
     @classmethod
-    def open(cls, model_path: str, *, dtype: str, device: str, revision: str | None = None) -> BlockStream:
+    def open(cls, model: Model, *, dtype: str, device: str, revision: str | None = None) -> BlockStream:
         """Raises InputError for a folder, hub id or device that cannot be used, UnsupportedModelError for the architecture."""
-        source, target = Checkpoint(resolve(model_path, revision)), architecture.choose_device(device)
-        config = architecture.load_config(source.folder)
-        chosen = architecture.choose_dtype(dtype, config, target)
-        return cls(source, architecture.find_decoder(architecture.empty_model(config, chosen)), target, chosen)
+        opened = open_model(model, revision)
+        target = architecture.choose_device(device)
+        return cls(opened, target, architecture.choose_dtype(dtype, opened.config, target))
 
     def __enter__(self) -> BlockStream:
         return self

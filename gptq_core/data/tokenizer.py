@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from gptq_core.checkpoint.reader import resolve
 from gptq_core.errors import InputError
-from gptq_core.model.architecture import load_config
+from gptq_core.model.opened import Model, open_model
 
 
-def load_tokenizer(model_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises InputError when the folder has none."""
-    folder = resolve(model_path, revision)
+    opened = open_model(model, revision)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(opened.folder, config=opened.config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{opened.folder}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from error
 
 
-def model_limits(model_path: str, revision: str | None = None) -> int:
+def model_limits(model: Model, revision: str | None = None) -> int:
     """The longest window of tokens that the model allows."""
-    return window_limit(load_config(resolve(model_path, revision)))
+    return window_limit(open_model(model, revision).config)
 
 
 def window_limit(config: PretrainedConfig) -> int:

@@ -8,6 +8,7 @@ silently leaving most of a model as it was would look like success.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class Decoder:
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's config. Raises InputError for an architecture that transformers does not know (remote code is never run)."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face model")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
@@ -90,10 +93,10 @@ def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with all parameters on the meta device and its computed buffers real, on the CPU."""
+    """The model with all parameters on the meta device and its computed buffers real, on the CPU. `config` stays as it is."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModelError(
             f"model_type {config.model_type!r}: not a causal language model ({str(error).splitlines()[0]})"

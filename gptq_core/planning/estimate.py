@@ -26,12 +26,10 @@ config. They go by the stages of a run's record, with two differences: its scale
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from gptq_core.block import tuning
 from gptq_core.config import QuantizeConfig
@@ -100,7 +98,7 @@ def estimate(
     device, dtype: as Quantization.open takes them; for a GPU that this machine does not have no rates are measured.
     """
     target, here = _device(device)
-    costs = _Costs(found, config, texts, target, _dtype(dtype, found, target))
+    costs = _Costs(found, config, texts, target, architecture.choose_dtype(dtype, found.model.config, target))
     stages, on_cpu = costs.stages(), target.type == "cpu"
     mapped = max(0, found.original_bytes - costs.weights * costs.stored.itemsize)
     host, device_bytes = process_bytes + mapped + max(stages.values()), 0
@@ -136,48 +134,34 @@ def _device(device: str) -> tuple[torch.device, bool]:
         return torch.device(device), False
 
 
-def _dtype(dtype: str, found: Plan, device: torch.device) -> torch.dtype:
-    """As architecture.choose_dtype, for the dtype that the model was stored in."""
-    return architecture.choose_dtype(dtype, _stored(found), device)
-
-
-def _stored(found: Plan) -> PretrainedConfig:
-    config = copy.copy(found.decoder.model.config)
-    config.dtype = found.dtype
-    return config
-
-
 class _Costs:
     """The formulas. Sizes of a matrix problem are (n inputs, rows)."""
 
     def __init__(self, found: Plan, config: QuantizeConfig, texts: Texts, device: torch.device, dtype: torch.dtype) -> None:
         self.found, self.config, self.texts, self.device, self.dtype = found, config, texts, device, dtype
-        model_config = found.decoder.model.config
-        text_config = model_config.get_text_config(decoder=True)
+        text_config = found.model.config.get_text_config(decoder=True)
         self.hidden: int = text_config.hidden_size
         self.vocabulary: int = text_config.vocab_size
         self.tokens = texts.windows * texts.seqlen
         self.judged = (texts.evaluation_windows or 0) * texts.evaluation_seqlen
         self.shifted = config.target_shift > 0
         self.streams = 2 if self.shifted else 1
-        decoder = found.decoder
-        if dtype != decoder.model.dtype:  # norms and the like hold float32 beside it
-            decoder = architecture.find_decoder(architecture.empty_model(copy.deepcopy(model_config), dtype))
+        decoder = found.model.decoder(dtype)  # in another one, norms and the like would hold float32 beside it
         self.kinds = footprints(decoder, texts.seqlen)
         self.at_once = max(1, TOKENS_PER_FORWARD.get(device.type, TOKENS_PER_FORWARD["cuda"]) // texts.seqlen)
-        blocks: list[int] = [sum(value.numel() for value in block.state_dict().values()) for block in found.decoder.blocks]
+        blocks: list[int] = [sum(value.numel() for value in block.state_dict().values()) for block in decoder.blocks]
         self.block = max(blocks)
         self.weights = sum(blocks)
-        names = {name: tensor.numel() for name, tensor in found.decoder.model.state_dict().items()}
-        tied = getattr(found.decoder.model, "all_tied_weights_keys", {})
+        names = {name: tensor.numel() for name, tensor in decoder.model.state_dict().items()}
+        tied = getattr(decoder.model, "all_tied_weights_keys", {})
         self.outside = sum(size for name, size in names.items() if name not in tied) - self.weights
-        body = f"{found.decoder.model.base_model_prefix}."
+        body = f"{decoder.model.base_model_prefix}."
         self.before = sum(size for name, size in names.items() if name.startswith(body)) - self.weights
         self.products = solver.products_dtype(dtype, device)
         self.chunk = solver.ROWS_AT_ONCE.get(device.type, solver.ROWS_AT_ONCE["cuda"])
         self.chunks_at_once = torch.get_num_threads() if device.type == "cpu" else 1
-        self.stored = found.dtype or torch.float32  # as plan.Presumed takes it
-        judged_in = architecture.judging_dtype(_stored(found), device)
+        self.stored = architecture.own_dtype(found.model.config) or torch.float32  # as plan.Presumed takes it
+        judged_in = architecture.judging_dtype(found.model.config, device)
         self.judged_size = judged_in.itemsize
         self.whole_model = (self.weights + self.outside) * judged_in.itemsize
         # transformers maps the shards once more while it converts them

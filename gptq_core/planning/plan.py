@@ -14,10 +14,11 @@ import torch
 from gptq_core.checkpoint.format import CARRIED
 from gptq_core.checkpoint.inspection import DTYPE_BYTES
 from gptq_core.checkpoint.packing import CODES_PER_UNIT
-from gptq_core.checkpoint.reader import INDEX, PICKLES, Checkpoint, resolve
+from gptq_core.checkpoint.reader import INDEX, PICKLES, Checkpoint
 from gptq_core.config import QuantizeConfig
 from gptq_core.model import architecture, selection
 from gptq_core.model.architecture import Decoder
+from gptq_core.model.opened import Model, OpenedModel, open_model
 from gptq_core.model.selection import Selection
 from gptq_core.planning.consumers import Verdict, loadability
 
@@ -34,24 +35,23 @@ class Plan:
     """All shards, headers included."""
     other_bytes: int
     """The rest of the folder: the model's own small files, the index and the manifest, these to some per cent."""
-    decoder: Decoder
-    """The empty model, float32."""
-    dtype: torch.dtype | None
-    """Of the stored model, as its config names it."""
+    model: OpenedModel
     notes: tuple[str, ...] = ()
 
 
-def plan(model_path: str, config: QuantizeConfig, revision: str | None = None) -> Plan:
+def plan(model: Model, config: QuantizeConfig, revision: str | None = None) -> Plan:
     """Look at a model's config.json and tensor headers, and judge. Raises InputError as `select` does; writes nothing.
 
     A folder with config.json and no weights does: the tensors are then those that the model would have, in the config's dtype.
     """
-    folder = resolve(model_path, revision)
-    model_config = architecture.load_config(folder)
-    own = architecture.own_dtype(model_config)  # an empty model writes its own into the config
-    decoder = architecture.find_decoder(architecture.empty_model(model_config, torch.float32))
-    source, notes = (Presumed(folder, decoder, own), (PRESUMED,)) if _only_config(folder) else (Checkpoint(folder), ())
-    chosen = selection.select(source, decoder, config)
+    opened = open_model(model, revision)
+    folder, decoder = opened.folder, opened.shapes
+    notes: tuple[str, ...] = ()
+    if _only_config(folder):
+        source, notes = Presumed(folder, decoder, architecture.own_dtype(opened.config)), (PRESUMED,)
+        chosen = selection.select(source, decoder, config)
+    else:
+        source, chosen = opened.source, opened.select(config)
     weights = packed = 0
     for layer in chosen.layers.values():
         weights += layer.in_features * layer.out_features
@@ -61,7 +61,7 @@ def plan(model_path: str, config: QuantizeConfig, revision: str | None = None) -
     names = sum(map(len, shards))
     others = carried + 2 * BYTES_A_NAME * names + BYTES_A_LAYER * len(chosen.layers) + 4 * (folder / "config.json").stat().st_size
     verdicts = loadability(config, chosen)
-    return Plan(chosen, verdicts, packed / weights, source.bytes(), sum(map(_file_bytes, shards)), others, decoder, own, notes)
+    return Plan(chosen, verdicts, packed / weights, source.bytes(), sum(map(_file_bytes, shards)), others, opened, notes)
 
 
 PRESUMED = "config.json only: shapes are the model's own, and sizes assume the dtype that it names (float32 where none)"

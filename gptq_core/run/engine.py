@@ -37,7 +37,8 @@ from gptq_core.errors import InputError
 from gptq_core.inference import backends
 from gptq_core.method import solver
 from gptq_core.method.hessian import Hessian, Shift
-from gptq_core.model import architecture, selection
+from gptq_core.model import architecture
+from gptq_core.model.opened import Model
 from gptq_core.model.selection import Selection
 from gptq_core.run import assembly
 from gptq_core.run.identity import content_key, identity
@@ -86,7 +87,7 @@ class Quantization:
     @classmethod
     def open(
         cls,
-        model_path: str,
+        model: Model,
         config: QuantizeConfig,
         windows: Windows,
         out: Path,
@@ -103,15 +104,15 @@ class Quantization:
         nothing was touched) or OutputHeldError.
         """
         with ExitStack() as on_failure:  # whatever goes wrong, memory and lock are given back
-            stream = BlockStream.open(model_path, dtype=dtype, device=device, revision=revision)
+            stream = BlockStream.open(model, dtype=dtype, device=device, revision=revision)
             on_failure.callback(stream.close)
-            check_token_ids(windows, stream.decoder.model.config, "calibration")
+            check_token_ids(windows, stream.model.config, "calibration")
             if config.tuning_steps and windows.count < 2:
                 raise InputError(
                     f"quantization.tuning_steps = {config.tuning_steps}: one calibration window cannot both drive and judge "
                     "the tuning; give calibration.samples of 2 or more"
                 )
-            selected = selection.select(stream.source, stream.decoder, config)
+            selected = stream.model.select(config)
             output = OutputFolder(Path(out))
             on_failure.callback(output.close)
             run = cls(stream, selected, config, windows, output)
@@ -128,7 +129,7 @@ class Quantization:
         planned = dict.fromkeys(
             backends.Layer.planned(layer.config, layer.in_features, layer.out_features) for layer in self.selection.layers.values()
         )
-        own = architecture.own_dtype(architecture.load_config(self.stream.source.folder))
+        own = architecture.own_dtype(self.stream.model.config)
         return backends.choose(self.config.backend, planned, self.stream.device, dtype, own)
 
     def __enter__(self) -> Quantization:

@@ -14,11 +14,12 @@ import transformers
 
 import gptq_core
 from gptq_core.checkpoint import format
-from gptq_core.checkpoint.reader import Checkpoint, file_sha256, resolve
+from gptq_core.checkpoint.reader import Checkpoint, file_sha256
 from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.kernels import dispatch
 from gptq_core.model import architecture
+from gptq_core.model.opened import Model, open_model
 
 
 @functools.cache
@@ -56,8 +57,8 @@ def identity(source: Checkpoint, config: QuantizeConfig, windows: Windows, devic
     }
 
 
-def request_key(model_path: str, config: QuantizeConfig, windows: Windows, *, device: str, dtype: str, revision: str | None = None) -> str:
+def request_key(model: Model, config: QuantizeConfig, windows: Windows, *, device: str, dtype: str, revision: str | None = None) -> str:
     """The content key of a run before it is opened, also of one whose widths are still to be chosen."""
-    source, target = Checkpoint(resolve(model_path, revision)), architecture.choose_device(device)
-    chosen = architecture.choose_dtype(dtype, architecture.load_config(source.folder), target)
-    return content_key(identity(source, config, windows, target, chosen))
+    opened, target = open_model(model, revision), architecture.choose_device(device)
+    chosen = architecture.choose_dtype(dtype, opened.config, target)
+    return content_key(identity(opened.source, config, windows, target, chosen))

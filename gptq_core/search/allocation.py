@@ -39,7 +39,8 @@ from gptq_core.method import solver
 from gptq_core.method.factor import factorize
 from gptq_core.method.hessian import Hessian
 from gptq_core.model.architecture import head_name
-from gptq_core.model.selection import Selection, bits_on_disk, select, units_of
+from gptq_core.model.opened import Model
+from gptq_core.model.selection import Selection, bits_on_disk, units_of
 from gptq_core.work_sizes import PROBE_TOKENS, PROBED_WIDTHS
 
 LARGEST_FRONT = 50_000
@@ -106,7 +107,7 @@ class Allocation:
 
 
 def allocate(
-    model_path: str,
+    model: Model,
     config: QuantizeConfig,
     windows: Windows,
     *,
@@ -117,9 +118,9 @@ def allocate(
 ) -> Allocation:
     """Choose widths as `config.allocate` says. Raises InputError as Quantization.open does, and for a budget out of range."""
     plain = config.model_copy(update={"allocate": None, "target_shift": 0.0, "residual_shift": 0.0, "tuning_steps": 0})
-    with BlockStream.open(model_path, dtype=dtype, device=device, revision=revision) as stream:
-        check_token_ids(windows, stream.decoder.model.config, "calibration")
-        selected = select(stream.source, stream.decoder, plain)
+    with BlockStream.open(model, dtype=dtype, device=device, revision=revision) as stream:
+        check_token_ids(windows, stream.model.config, "calibration")
+        selected = stream.model.select(plain)
         budget_of(config, selected)
         probes = UnitProbes(stream, selected, _wanted(config).bits)
         return choose(config, selected, probes.measure(windows, progress or (lambda done, total: None)))

@@ -49,7 +49,6 @@ from torch import Tensor, nn
 
 from gptq_core.block.group import Member, solve_group
 from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids, quantized
-from gptq_core.checkpoint.reader import resolve
 from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.errors import FactorizationError, InputError
@@ -58,6 +57,7 @@ from gptq_core.method import solver
 from gptq_core.method.factor import Factor, column_order, factorize
 from gptq_core.method.hessian import Hessian
 from gptq_core.model.architecture import head_name, linears_of
+from gptq_core.model.opened import Model, OpenedModel, open_model
 from gptq_core.model.selection import Selection
 from gptq_core.planning.plan import plan
 from gptq_core.runtime.timing import Stages
@@ -95,7 +95,7 @@ class Screened:
 
 
 def screen(
-    model_path: str,
+    model: Model,
     configs: Mapping[str, QuantizeConfig],
     calibration: Windows,
     heldout: Windows,
@@ -118,11 +118,11 @@ def screen(
                 f"configs[{name!r}]: quantization.allocate cannot be screened, a cell's widths must be given; choose them first with "
                 "allocate(model, config, windows).apply(config), or drop it"
             )
-    folder = str(resolve(model_path, revision))  # once: a hub id is a look into the network
-    cells = [_cell(folder, name, config) for name, config in configs.items()]
-    with BlockStream.open(folder, dtype=dtype, device=device) as stream:
-        check_token_ids(calibration, stream.decoder.model.config, "calibration")
-        check_token_ids(heldout, stream.decoder.model.config, "held-out")
+    opened = open_model(model, revision)
+    cells = [_cell(opened, name, config) for name, config in configs.items()]
+    with BlockStream.open(opened, dtype=dtype, device=device) as stream:
+        check_token_ids(calibration, opened.config, "calibration")
+        check_token_ids(heldout, opened.config, "held-out")
         _Screening(stream, cells).run(calibration, heldout, on_block or (lambda done, total: None))
     return {cell.name: cell.result() for cell in cells}
 
@@ -193,10 +193,10 @@ class _Cell:
         )
 
 
-def _cell(folder: str, name: str, config: QuantizeConfig) -> _Cell:
+def _cell(model: OpenedModel, name: str, config: QuantizeConfig) -> _Cell:
     plain = config.model_copy(update=SET_ASIDE)
     try:
-        planned = plan(folder, plain)
+        planned = plan(model, plain)
     except InputError as error:
         raise type(error)(f"configs[{name!r}]: {error}") from error
     set_aside = tuple(key for key, off in SET_ASIDE.items() if getattr(config, key) != off)
