@@ -27,7 +27,8 @@ from gptq_core.checkpoint.packing import pack_zeros, unpack_zeros
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.config import KERNELS, QuantizeConfig, kernel_name
 from gptq_core.errors import CorruptCheckpointError, InputError
-from gptq_core.model.architecture import load_config, own_dtype
+from gptq_core.model.architecture import own_dtype
+from gptq_core.model.opened import Model, OpenedModel
 
 REMEDY = "pip install 'gptq-pipeline[kernels]'"
 
@@ -125,13 +126,13 @@ def choose(
     return kernel
 
 
-def for_checkpoint(backend: str | None, folder: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> Kernel | None:
+def for_checkpoint(backend: str | None, checkpoint: Model, device: torch.device, dtype: torch.dtype | None = None) -> Kernel | None:
     """`choose` for the checkpoint in a folder. Also raises InputError when the folder is not a GPTQ checkpoint."""
     if choose(backend, [], device, dtype) is None:
         return None
-    folder = Path(folder)
-    layers = stored(Checkpoint(folder), layout(read_quantization_config(folder)))
-    return choose(backend, layers, device, dtype, own_dtype(load_config(folder)))
+    opened = checkpoint if isinstance(checkpoint, OpenedModel) else OpenedModel(Path(checkpoint))
+    layers = stored(opened.source, layout(read_quantization_config(opened.folder)))
+    return choose(backend, layers, device, dtype, own_dtype(opened.config))
 
 
 def put_in(model: nn.Module, names: Iterable[str], kernel: Kernel) -> None:

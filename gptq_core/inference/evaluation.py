@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.data.windows import Windows
 from gptq_core.errors import CorruptCheckpointError, InputError
 from gptq_core.inference import backends
 from gptq_core.inference.linear import load_quantized, to_dense
-from gptq_core.model.architecture import choose_device, judging_dtype, load_config
+from gptq_core.model.architecture import choose_device, judging_dtype
+from gptq_core.model.opened import Model, open_model
 
 LOGITS_AT_ONCE = 2**22
 """Logits that are held at a time, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache."""
@@ -89,37 +89,40 @@ class Comparison:
         }
 
 
-def load_for_evaluation(path: str, device: str = "auto", revision: str | None = None, backend: str | None = None) -> PreTrainedModel:
+def load_for_evaluation(model: Model, device: str = "auto", revision: str | None = None, backend: str | None = None) -> PreTrainedModel:
     """A dense model or a quantized checkpoint, ready to run: float32 on the CPU, the model's own dtype on a GPU.
 
     backend: as in `load_quantized`; a kernel of GPTQModel runs in the dtype that it takes, and only a quantized checkpoint.
     """
-    folder, target = resolve(path, revision), choose_device(device)
+    opened, target = open_model(model, revision), choose_device(device)
     if backends.named(backend):
-        return load_quantized(folder, device=target, backend=backend)
-    config = load_config(folder)
-    dtype = judging_dtype(config, target)
-    if getattr(config, "quantization_config", None):
-        return to_dense(load_quantized(folder, dtype=dtype, device=target))  # unpacked once, not in every forward
-    Checkpoint(folder)  # refuses pickle weights with a reason before transformers would load them
+        return load_quantized(opened, device=target, backend=backend)
+    dtype = judging_dtype(opened.config, target)
+    if getattr(opened.config, "quantization_config", None):
+        return to_dense(load_quantized(opened, dtype=dtype, device=target))  # unpacked once, not in every forward
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        opened.source.folder,  # which refuses pickle weights with a reason
+        config=opened.config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
-    model: PreTrainedModel = loaded[0]
+    dense: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     if report["missing_keys"]:
         # transformers would go on with random numbers in their place
-        raise CorruptCheckpointError(f"{folder}: tensors are missing, the first is {sorted(report['missing_keys'])[0]!r}")
-    model.to(target).eval()  # type: ignore[arg-type]  # transformers decorates `to`, so that its self counts as an argument
-    return model
+        raise CorruptCheckpointError(f"{opened.folder}: tensors are missing, the first is {sorted(report['missing_keys'])[0]!r}")
+    dense.to(target).eval()  # type: ignore[arg-type]  # transformers decorates `to`, so that its self counts as an argument
+    return dense
 
 
 def evaluate_one(
-    model_path: str, windows: Windows, *, device: str = "auto", backend: str | None = None, progress: Progress | None = None
+    model: Model, windows: Windows, *, device: str = "auto", backend: str | None = None, progress: Progress | None = None
 ) -> Perplexity:
     """Perplexity of one model, dense or quantized. backend: as in `load_quantized`."""
-    model = load_for_evaluation(model_path, device, backend=backend)
-    losses = window_losses(model, windows, progress)
+    losses = window_losses(load_for_evaluation(model, device, backend=backend), windows, progress)
     return {"perplexity": perplexity(losses, windows), "tokens": windows.count * (windows.seqlen - 1)}
 
 
@@ -135,8 +138,8 @@ def perplexity(losses: list[float], windows: Windows) -> float:
 
 
 def evaluate_pair(
-    original_path: str,
-    checkpoint: str,
+    original: Model,
+    checkpoint: Model,
     windows: Windows,
     *,
     kl: bool = True,
@@ -152,40 +155,40 @@ def evaluate_pair(
     stored: a file that `store_original` wrote for this original and these windows; the original is not run then.
     """
     model = load_for_evaluation(checkpoint, device, backend=backend)
-    originals = _originals(original_path, windows, device, revision) if stored is None else _stored(Path(stored), windows)
+    originals = _originals(original, windows, device, revision) if stored is None else _stored(Path(stored), windows)
     comparison = Comparison(kl)
     for answer, (found, targets) in zip(originals, _judged(model, windows, progress), strict=True):
         comparison.add(answer.to(found.device), found, targets)
     return {**comparison.figures(), "windows": windows.count}
 
 
-def original_bytes(model_path: str, windows: Windows, revision: str | None = None) -> int:
+def original_bytes(model: Model, windows: Windows, revision: str | None = None) -> int:
     """Size of the file that `store_original` would write."""
-    vocabulary: int = load_config(resolve(model_path, revision)).get_text_config(decoder=True).vocab_size
+    vocabulary: int = open_model(model, revision).config.get_text_config(decoder=True).vocab_size
     return 4 * windows.count * (windows.seqlen - 1) * vocabulary
 
 
 def store_original(
-    model_path: str, windows: Windows, path: Path, *, revision: str | None = None, device: str = "auto", progress: Progress | None = None
+    model: Model, windows: Windows, path: Path, *, revision: str | None = None, device: str = "auto", progress: Progress | None = None
 ) -> None:
     """Run the original once for many checkpoints: its log-probabilities, float32 (windows, seqlen − 1, vocabulary), as .npy.
 
     The file appears whole or not at all. What is read from it is bit for bit what the model computes on the same device.
     """
-    model = load_for_evaluation(model_path, device, revision)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    loaded = load_for_evaluation(model, device, revision)
+    vocabulary = vocabulary_of(loaded)
     draft, first = path.with_name(f".{os.getpid()}-{path.name}"), 0
     kept = np.lib.format.open_memmap(draft, "w+", np.float32, (windows.count, windows.seqlen - 1, vocabulary))
     rows = kept.reshape(-1, vocabulary)  # a view
-    for found, _ in _judged(model, windows, progress):
+    for found, _ in _judged(loaded, windows, progress):
         rows[first : first + len(found)] = found.cpu()
         first += len(found)
     kept.flush()
     draft.replace(path)
 
 
-def _originals(model_path: str, windows: Windows, device: str, revision: str | None) -> Iterator[Tensor]:
-    for found, _ in _judged(load_for_evaluation(model_path, device, revision), windows):
+def _originals(model: Model, windows: Windows, device: str, revision: str | None) -> Iterator[Tensor]:
+    for found, _ in _judged(load_for_evaluation(model, device, revision), windows):
         yield found
 
 

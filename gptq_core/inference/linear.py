@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gptq_core.errors import CorruptCheckpointError
 from gptq_core.inference import backends
 from gptq_core.method import grid
 from gptq_core.model import architecture
+from gptq_core.model.opened import Model, OpenedModel
 
 
 class QuantizedLinear(nn.Module):
@@ -55,7 +57,7 @@ class QuantizedLinear(nn.Module):
 
 
 def load_quantized(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | int | torch.device | None = None, backend: str | None = None
+    path: Model, *, dtype: torch.dtype | None = None, device: str | int | torch.device | None = None, backend: str | None = None
 ) -> PreTrainedModel:
     """A transformers model whose quantized linears run from the packed tensors.
 
@@ -69,12 +71,11 @@ def load_quantized(
     unknown, not installed, or not possible for this checkpoint and device; CorruptCheckpointError for a checkpoint that
     contradicts itself.
     """
-    folder = Path(path)
-    quantization = read_quantization_config(folder)
+    opened = path if isinstance(path, OpenedModel) else OpenedModel(Path(path))
+    folder, quantization = opened.folder, read_quantization_config(opened.folder)
     target = architecture.choose_device("cpu" if device is None else device)
-    kernel = backends.for_checkpoint(backend, folder, target, dtype)
-    source = Checkpoint(folder)
-    config = architecture.load_config(folder)
+    kernel = backends.for_checkpoint(backend, opened, target, dtype)
+    source, config = opened.source, copy.deepcopy(opened.config)
     if kernel:
         dtype = kernel.dtype
     elif dtype is None:
