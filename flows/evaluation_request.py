@@ -11,10 +11,11 @@ from gptq_core.data.windows import Windows, evaluation_windows
 from gptq_core.errors import InputError
 from gptq_core.inference.backends import for_checkpoint
 from gptq_core.model.architecture import choose_device
+from gptq_core.model.opened import open_model
 from gptq_core.schema import Schema
 from tasks.config.run import Device, Judged, Positive, from_dict
 from tasks.outcome import record as records
-from tasks.request.texts import prepare
+from tasks.request.request import Requests
 
 DEFAULT_SEQLEN = 2048
 
@@ -40,19 +41,19 @@ class EvaluationRequest(Schema):
         return Path(self.checkpoint).resolve().name
 
 
-def prepare_evaluation(request: EvaluationRequest) -> tuple[Windows, str | None, str | None]:
-    """The held-out windows, the path of the original and its revision; both None where no original is known."""
+def prepare_evaluation(request: EvaluationRequest) -> tuple[Windows, tuple[str, str | None] | None]:
+    """The held-out windows, and path and revision of the original; None where no original is known."""
     if not Path(request.checkpoint).is_dir():
         raise InputError(f"checkpoint {request.checkpoint} is not a folder: give the folder that a quantize run wrote")
     record = records.read(request.checkpoint)
     settings = record["config"] if record else None
-    original, revision = request.model, None
+    original = request.model and (request.model, None)
     if original is None and settings:
-        original, revision = _from_there(record, request.checkpoint, settings["model"]["path"]), settings["model"]["revision"]
+        original = _from_there(record, request.checkpoint, settings["model"]["path"]), settings["model"]["revision"]
     if original is not None:
-        model_limits(original, revision)  # an original that went away is named now, not after the quantized half
+        model_limits(*original)  # an original that went away is named now, not after the quantized half
     if record and request.dataset is None:
-        return _windows_of_the_run(request, record), original, revision
+        return _windows_of_the_run(request, record), original
     if request.dataset is None:
         raise InputError(
             f"{request.checkpoint} has no run record ({records.record_path(request.checkpoint).name}) that names a text: "
@@ -60,7 +61,7 @@ def prepare_evaluation(request: EvaluationRequest) -> tuple[Windows, str | None,
         )
     evaluation = settings["evaluation"] if settings else {}
     seqlen = request.seqlen or evaluation.get("seqlen") or DEFAULT_SEQLEN
-    return _cut(request, request.dataset, seqlen, request.samples or evaluation.get("samples")), original, revision
+    return _cut(request, request.dataset, seqlen, request.samples or evaluation.get("samples")), original
 
 
 def runner(request: EvaluationRequest) -> str | None:
@@ -111,11 +112,12 @@ def _text_of_the_run(request: EvaluationRequest, record: dict[str, Any], seqlen:
         "model.path": found(settings["model"]["path"]),
         "quantization.dataset": found(settings["quantization"]["dataset"]),
     }
-    return prepare(from_dict(settings, overrides)).evaluation
+    return Requests().texts(from_dict(settings, overrides)).evaluation
 
 
 def _cut(request: EvaluationRequest, dataset: Any, seqlen: int, samples: int | None) -> Windows:
-    return evaluation_windows(dataset, load_tokenizer(request.checkpoint), min(seqlen, model_limits(request.checkpoint)), samples)
+    checkpoint = open_model(request.checkpoint)
+    return evaluation_windows(dataset, load_tokenizer(checkpoint), min(seqlen, model_limits(checkpoint)), samples)
 
 
 def _from_there(record: dict[str, Any], checkpoint: str, path: str) -> str:

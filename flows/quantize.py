@@ -18,7 +18,7 @@ from tasks.config.run import RunConfig
 from tasks.outcome import record as records
 from tasks.outcome.gate import demand, verdict
 from tasks.report.writing import written
-from tasks.request.checks import check, placed
+from tasks.request.request import Requests
 from tasks.run import compute
 from tasks.tracking.figures import relative_errors
 from tasks.tracking.mlflow_runs import log
@@ -32,11 +32,13 @@ class EvaluationFailedError(GPTQError):
 def quantize(config: RunConfig) -> Any:
     """Quantize, evaluate and track as `config` says; the run record, which is what a caller gets. Nothing done: state "Unchanged"."""
     report, board, started = progress.reporter(), Board("quantize"), time.time() * 1000
-    config = placed(config)
-    notes = list(check(config))  # a run that the command line did not start is looked at here first
-    for note in notes:
-        report.note(f"note: {note}")
-    record = compute(config, report, advance=board.progress)
+    requests = Requests.current()
+    config = requests.placed(config)
+    with requests.of(config) as request:
+        notes = list(request.check())  # the same as before, where the command line has checked
+        for note in notes:
+            report.note(f"note: {note}")
+        record = compute(request, report, advance=board.progress)
     if not record["prefect_flow_run_id"]:
         record |= prefect_run()
     record["notes"] = notes

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from gptq_core.checkpoint.card import rewrite as write_card
 from gptq_core.config import kernel_name
-from gptq_core.data.windows import Windows
 from gptq_core.errors import GPTQError
 from gptq_core.run.engine import Quantization
 from tasks.config.run import RunConfig
@@ -22,11 +21,12 @@ from tasks.evaluation.scores import measures_key
 from tasks.outcome import record as records
 from tasks.outcome.gate import judge
 from tasks.outcome.load import Sampler
-from tasks.request.checks import open_quantization, stored_allocation
+from tasks.request.request import Request
 from tasks.steps.allocate import allocate
-from tasks.steps.evaluate import Progress, evaluate, measure
+from tasks.steps.evaluate import evaluate, measure
+from tasks.steps.opaque import Opaque
 from tasks.steps.prepare_dataset import prepare_dataset
-from tasks.steps.quantize import Handle, assemble, capture_calibration, quantize_block
+from tasks.steps.quantize import assemble, capture_calibration, quantize_block
 
 
 class Reporter(Protocol):
@@ -43,7 +43,7 @@ class Steps:
     """The Prefect tasks of a run; `plain()` are their functions, which ask no server."""
 
     prepare_dataset: Callable[..., dict[str, Any]] = prepare_dataset
-    allocate: Callable[..., dict[str, Any]] = allocate
+    allocate: Callable[..., None] = allocate
     capture_calibration: Callable[..., dict[str, Any]] = capture_calibration
     quantize_block: Callable[..., dict[str, Any]] = quantize_block
     assemble: Callable[..., dict[str, Any]] = assemble
@@ -56,41 +56,33 @@ class Steps:
 
 
 def compute(
-    config: RunConfig,
+    request: Request,
     report: Reporter,
     *,
     steps: Steps = Steps(),  # noqa: B008 - frozen
     advance: Callable[[float, str], None] = lambda percent, text: None,
-    data: dict[str, Any] | None = None,
     original: str | None = None,
     sampler: Sampler | None = None,
 ) -> dict[str, Any]:
-    """Quantize and evaluate as `config` says; the run record, which also lies on disk.
+    """Quantize and evaluate what was requested; the run record, which also lies on disk. The request is closed then.
 
-    advance: is told percent and what was done. data: what prepare_dataset returns, where that was done before. original: file of
-    the original's log-probabilities, as gptq_core.inference.evaluation.store_original writes them; None: the original is run.
-    sampler: of the machine's load, under way; None: one of its own.
+    advance: is called with percent and what was done. original: file of the original's log-probabilities, as
+    gptq_core.inference.evaluation.store_original writes them; None: the original is run. sampler: of the machine's load, under way; None:
+    one of its own.
     """
     with nullcontext(sampler) if sampler else Sampler() as sampling:
-        return _compute(config, report, sampling, steps, advance, data, original)
+        return _compute(request, report, sampling, steps, advance, original)
 
 
 def _compute(
-    config: RunConfig,
-    report: Reporter,
-    sampler: Sampler,
-    steps: Steps,
-    advance: Callable[[float, str], None],
-    data: dict[str, Any] | None,
-    original: str | None,
+    request: Request, report: Reporter, sampler: Sampler, steps: Steps, advance: Callable[[float, str], None], original: str | None
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    if data is None:
+    started, config = time.perf_counter(), request.config
+    with request:
         with report.stage("prepare dataset"):
-            data = steps.prepare_dataset(config)
-    calibration = Windows.load(data["calibration"]["file"])
-    allocation = _allocate(config, calibration, data["calibration"]["file"], report, steps)
-    with open_quantization(config, calibration) as job:
+            data = steps.prepare_dataset(Opaque(request))
+        allocation = _allocate(request, report, steps)
+        job = request.job
         earlier = _earlier(config, job.key)
         record = _record(config, job.key, data, allocation)
         record["unchanged"] = job.finished
@@ -99,7 +91,7 @@ def _compute(
         else:
             record["blocks"] = _quantize(job, report, advance, steps)
         with report.stage("assemble"):
-            record["assembly"] = steps.assemble(Handle(job))
+            record["assembly"] = steps.assemble(Opaque(job))
         record |= records.of_manifest(config.out)
         if not job.finished:
             record["stage_seconds"] = {"prepare": data["seconds"], **job.stage_seconds}
@@ -108,7 +100,7 @@ def _compute(
         records.write(config.out, record)
         if not evaluated(record, config, data["evaluation"]["digest"]):
             advance(90, "evaluate")
-            _evaluate(config, record, report, steps, original)
+            _evaluate(request, record, report, steps, original)
             record["evaluation"] = record["evaluation"] and record["evaluation"] | {"overlap": data["overlap"]}
             write_card(config.out, record["evaluation"])
     if record["seconds"] is None:
@@ -126,20 +118,19 @@ def _compute(
     return record
 
 
-def _allocate(config: RunConfig, calibration: Windows, file: str, report: Reporter, steps: Steps) -> dict[str, Any] | None:
-    """The widths of the linears, as they were chosen before or chosen now; None where none are asked for."""
-    if config.quantization.allocate is None:
-        return None
-    stored = stored_allocation(config, calibration)
-    if stored:
-        return stored
-    with open_quantization(config, calibration) as job, report.stage("allocate bits", job.block_count) as advance:
-        # open only so that no other run writes there meanwhile
-        return steps.allocate(config, file, Progress(lambda done, total: advance(done)))
+def _allocate(request: Request, report: Reporter, steps: Steps) -> dict[str, Any] | None:
+    """Choose the widths of the linears where that was not done before; their record, or None where none are asked for."""
+    job = request.job  # so that no other run writes there meanwhile
+    if job.config.allocate:
+        with report.stage("allocate bits", job.block_count) as advance:
+            steps.allocate(Opaque(request), Opaque(lambda done, total: advance(done)))
+        request.close()  # what is opened next has the widths that were chosen
+        job = request.job
+    return request.allocation
 
 
 def _quantize(job: Quantization, report: Reporter, advance: Callable[[float, str], None], steps: Steps) -> list[dict[str, Any]]:
-    handle, blocks = Handle(job), []
+    handle, blocks = Opaque(job), []
     advance(0, "capture_calibration")
     with report.stage("capture calibration"):
         steps.capture_calibration(handle)
@@ -157,20 +148,20 @@ def _quantize(job: Quantization, report: Reporter, advance: Callable[[float, str
     return blocks
 
 
-def _evaluate(config: RunConfig, record: dict[str, Any], report: Reporter, steps: Steps, original: str | None) -> None:
+def _evaluate(request: Request, record: dict[str, Any], report: Reporter, steps: Steps, original: str | None) -> None:
     """Fill in what the record lacks: first the held-out text, then the measures; what fails costs nothing that was measured before."""
-    held_out, key = record["evaluation_data"], measures_key(config)
+    config, windows = request.config, request.texts.evaluation
+    key = measures_key(config)
     try:
         if record["evaluation"] is None:
-            with report.stage("evaluate", held_out["windows"]) as tick:
+            with report.stage("evaluate", windows.count) as tick:
                 record["evaluation"] = steps.evaluate(
                     str(config.out),
-                    held_out["file"],
-                    config.model.path,
-                    config.model.revision,
+                    Opaque(windows),
+                    Opaque(request.model),
                     config.model.device,
                     config.evaluation.kl,
-                    Progress(lambda done, total: tick(done)),
+                    Opaque(lambda done, total: tick(done)),
                     config.evaluation_backend,
                     original,
                 )
@@ -179,7 +170,7 @@ def _evaluate(config: RunConfig, record: dict[str, Any], report: Reporter, steps
         if key:
             started = time.perf_counter()
             with report.stage("measure", len(config.evaluation.measures)) as tick:
-                rows, failed = steps.measure(config, Progress(lambda done, total: tick(done)))
+                rows, failed = steps.measure(config, Opaque(lambda done, total: tick(done)))
             for row in rows:
                 report.note(row["sentence"])
             record["stage_seconds"]["measure"] = time.perf_counter() - started

@@ -98,11 +98,12 @@ def plan(
 ) -> None:
     """What a run would make, who will load it and what it takes: from the model's headers, nothing is computed or written."""
     with outcome():
+        from gptq_core.model.opened import open_model
         from tasks.config.run import load
         from tasks.request.capacity import foresee, shortages
 
         request = load(config, settings(set_, {}))
-        found = foresee(request, rates=True)
+        found = foresee(request, open_model(request.model.path, request.model.revision), rates=True)
         short = shortages(request, found)
         if as_json:
             show_json(

@@ -20,64 +20,44 @@ class PrefectAwayError(Exception):
 
 
 def run(config: Any) -> None:
-    """Check everything that costs nothing, then start Prefect and the flow, then tell what came out."""
+    """Check the request, start Prefect and the flow, and show the result."""
     from tasks.outcome import record as records
-    from tasks.request.checks import check, placed
+    from tasks.request.handing import handed_on
+    from tasks.request.request import Requests
 
-    config = placed(config)
-    check(config)  # without Prefect; the flow tells its notes
-    quiet()
-    from flows.cli.display import show_run
-    from flows.quantize import quantize as flow
-    from tasks.outcome.gate import GateFailedError, demand
+    requests = Requests()
+    config = requests.placed(config)
+    with requests.of(config) as request:
+        request.check()  # before Prefect starts; the flow reports the notes
+        quiet()
+        from flows.cli.display import show_run
+        from flows.quantize import quantize as flow
+        from tasks.outcome.gate import GateFailedError, demand
 
-    before = records.read(config.out)
-    try:
-        with watched():
-            record = flow(config)
-    except GateFailedError:
-        record = records.read(config.out)
-    except PrefectAwayError:
-        record = records.read(config.out)
-        if record is None or record == before or record["mlflow"] is None:
-            raise
-        typer.echo("computed, not recorded in Prefect: its server went away during the run", err=True)
+        before = records.read(config.out)
+        try:
+            with watched(), handed_on(requests):
+                record = flow(config)
+        except GateFailedError:
+            record = records.read(config.out)
+        except PrefectAwayError:
+            record = records.read(config.out)
+            if record is None or record == before or record["mlflow"] is None:
+                raise
+            typer.echo("computed, not recorded in Prefect: its server went away during the run", err=True)
     show_run(config, record)
     demand(config, record)
 
 
 def run_sweep(config: Any, as_json: bool) -> None:
-    """Look at every cell, start Prefect and the flow where something is missing, and tell what came out."""
-    quiet()  # what is read from here on imports Prefect
-    started = time.perf_counter()
-    from flows import progress
-    from tasks.report.writing import written
-    from tasks.sweep import cells, results
+    """Look at every cell, start Prefect and the flow where something is missing, and show the result."""
+    quiet()  # what is imported from here on imports Prefect
+    from tasks.request.handing import handed_on
+    from tasks.request.request import Requests
+    from tasks.sweep import results
 
-    states = cells.examine(config)
-    for state in states:
-        if state.status not in ("done", "missing"):
-            typer.echo(f"note: {state.cell.name}: {state.error}", err=True)
-    found, error = results.settled(config, states), None
-    if found:
-        typer.echo(f"{config.folder}: unchanged, nothing to do", err=True)
-    else:
-        from flows.sweep import SweepFailedError
-        from flows.sweep import sweep as flow
-
-        try:
-            with watched():
-                found = flow(config)
-        except SweepFailedError as reason:
-            found, error = results.read(config), reason
-        except PrefectAwayError:
-            states = cells.examine(config)
-            if any(state.status == "missing" for state in states):
-                raise
-            found = results.result(config, states, [], started)
-            results.write(config, found)
-            written("sweep", found, progress.Lines(lambda text: typer.echo(text, err=True)))
-            typer.echo("computed, not recorded in Prefect: its server went away during the sweep", err=True)
+    with handed_on(Requests()):
+        found, error = _swept(config)
     if as_json:
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -87,6 +67,39 @@ def run_sweep(config: Any, as_json: bool) -> None:
     error = error or results.objection(found)
     if error:
         fail(FAILED, error)
+
+
+def _swept(config: Any) -> tuple[dict[str, Any], Exception | None]:
+    """sweep.json's content after the sweep, and what the flow failed with."""
+    started = time.perf_counter()
+    from flows import progress
+    from tasks.report.writing import written
+    from tasks.sweep import cells, results
+
+    states = cells.examine(config)
+    for state in states:
+        if state.status not in ("done", "missing"):
+            typer.echo(f"note: {state.cell.name}: {state.error}", err=True)
+    if found := results.settled(config, states):
+        typer.echo(f"{config.folder}: unchanged, nothing to do", err=True)
+        return found, None
+    from flows.sweep import SweepFailedError
+    from flows.sweep import sweep as flow
+
+    try:
+        with watched():
+            return flow(config), None
+    except SweepFailedError as reason:
+        return results.read(config), reason
+    except PrefectAwayError:
+        states = cells.examine(config)
+        if any(state.status == "missing" for state in states):
+            raise
+        found = results.result(config, states, [], started)
+        results.write(config, found)
+        written("sweep", found, progress.Lines(lambda text: typer.echo(text, err=True)))
+        typer.echo("computed, not recorded in Prefect: its server went away during the sweep", err=True)
+        return found, None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from gptq_core.checkpoint.reader import Checkpoint, resolve
 from gptq_core.config import QuantizeConfig
+from gptq_core.errors import InputError
 from gptq_core.model import architecture, selection
 from gptq_core.model.architecture import Decoder
 from gptq_core.model.selection import Selection
@@ -36,6 +37,11 @@ class OpenedModel:
     def config(self) -> PretrainedConfig:
         """config.json, in the dtype that it names. Raises InputError as `architecture.load_config` does."""
         return architecture.load_config(self.folder)
+
+    def require_weights(self) -> None:
+        """Raise InputError for a folder without weights: a plan does without them, a run does not."""
+        if not self.source.names:
+            raise InputError(f"{self.folder}: its *.safetensors hold no tensors; download it again")
 
     def decoder(self, dtype: torch.dtype) -> Decoder:
         """The empty model in this dtype. All who ask share it: one fills it at a time, and empties it again."""

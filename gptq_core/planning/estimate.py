@@ -97,7 +97,7 @@ def estimate(
 
     device, dtype: as Quantization.open takes them; for a GPU that this machine does not have no rates are measured.
     """
-    target, here = _device(device)
+    target, here = planned_device(device)
     costs = _Costs(found, config, texts, target, architecture.choose_dtype(dtype, found.model.config, target))
     stages, on_cpu = costs.stages(), target.type == "cpu"
     mapped = max(0, found.original_bytes - costs.weights * costs.stored.itemsize)
@@ -126,8 +126,8 @@ def estimate(
 ASSUMED = "this architecture cannot be run on shapes alone: its activations are estimated from the sizes of its linears"
 
 
-def _device(device: str) -> tuple[torch.device, bool]:
-    """The device, and whether it is there."""
+def planned_device(device: str) -> tuple[torch.device, bool]:
+    """The device that a run would take, and whether this machine has it."""
     try:
         return architecture.choose_device(device), True
     except InputError:

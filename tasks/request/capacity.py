@@ -1,4 +1,4 @@
-"""What a run will take, and whether this machine has it."""
+"""The memory, disk and time that a run will take, and whether this machine has them."""
 
 from __future__ import annotations
 
@@ -15,61 +15,50 @@ import torch
 from gptq_core.data.tokenizer import model_limits
 from gptq_core.data.windows import OVERSAMPLING, TAIL
 from gptq_core.errors import InputError
-from gptq_core.model.architecture import choose_device
-from gptq_core.planning.estimate import Estimate, Texts, estimate
+from gptq_core.model.architecture import choose_device, choose_dtype
+from gptq_core.model.opened import OpenedModel
+from gptq_core.planning.estimate import Estimate, Texts, estimate, planned_device
 from gptq_core.planning.plan import Plan, plan
 from gptq_core.search import allocation
 from tasks.config.run import RunConfig
-from tasks.request.texts import Prepared
 
 PIPELINE_BYTES = 220_000_000
 """What Prefect and the libraries of texts and tokenizers add to the process; measured on Linux with Python 3.11."""
-
-
 BYTES_A_TOKEN, FEWEST_BYTES = 4, 2
-"""Of text, as a rule and at least."""
-
-
+"""Bytes of text in a token: the usual number, and the smallest."""
 HELD_A_BYTE = 25
-"""Of memory for a byte of text that is tokenized: ids, offsets and pieces, and Python's list of numbers."""
-
-
+"""Bytes of memory for a byte of text while it is tokenized: ids, offsets and pieces, and Python's list of numbers."""
 TOLERANCE = 1.2
-"""The estimates are good to a fifth: what exceeds the memory by less than that is tried."""
+"""The estimates are good to a fifth: a run that exceeds the memory by less than that is tried."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Foreseen(Plan):
-    """A plan, and what the run will take."""
+    """A plan, and an estimate of what the run will take."""
 
     estimate: Estimate = dataclasses.field(kw_only=True)
 
 
-def foresee(config: RunConfig, rates: bool = False, prepared: Prepared | None = None) -> Foreseen:
-    """What the run would make, who will load it and what it takes; reads config.json and headers, writes nothing.
+def foresee(config: RunConfig, model: OpenedModel, rates: bool = False) -> Foreseen:
+    """Plan and estimate a run of `config` on its model; reads config.json and headers, writes nothing.
 
-    Where widths are still to be chosen, of a choice within the budget for which all weights count alike. rates: also measure this
-    machine, and estimate seconds. prepared: the texts, where they were read; else their lengths are told by the config and their sizes.
+    Where widths are still to be chosen, the plan is of a choice within the budget for which all weights count alike. The lengths of the
+    texts are taken from the config and the sizes of their files. rates: also measure this machine, and estimate seconds.
     """
-    wanted, at = config.quantization, (config.model.path, config.model.revision)
-    found = plan(at[0], wanted, at[1])
+    wanted, device, dtype = config.quantization, config.model.device, config.model.dtype
+    model.decoder(choose_dtype(dtype, model.config, planned_device(device)[0]))  # plan, estimate and run share this empty model
+    found = plan(model, wanted)
     if wanted.allocate:
-        chosen = allocation.presumed(wanted, found.selection).apply(wanted)
-        found = plan(at[0], chosen, at[1])
-    device, dtype = config.model.device, config.model.dtype
-    process = _resident() + (0 if "prefect.flows" in sys.modules else PIPELINE_BYTES) + (0 if prepared else _tokenized(config))
-    texts = _texts(config)
-    if prepared:
-        seen, held_out = prepared.calibration, prepared.evaluation
-        texts = Texts(seen.count, seen.seqlen, held_out.seqlen, held_out.count)
-    costs = estimate(found, wanted, texts, device=device, dtype=dtype, process_bytes=process, rates=rates)
+        found = plan(model, allocation.presumed(wanted, found.selection).apply(wanted))
+    process = _resident() + (0 if "prefect.flows" in sys.modules else PIPELINE_BYTES) + _tokenized(config)
+    costs = estimate(found, wanted, _texts(config, model), device=device, dtype=dtype, process_bytes=process, rates=rates)
     return Foreseen(**{field.name: getattr(found, field.name) for field in dataclasses.fields(Plan)}, estimate=costs)
 
 
-def _texts(config: RunConfig) -> Texts:
+def _texts(config: RunConfig, model: OpenedModel) -> Texts:
     """The windows that the config asks for, and no more than a text of that size can hold."""
     calibration, evaluation = config.calibration, config.evaluation
-    limit = model_limits(config.model.path, config.model.revision)
+    limit = model_limits(model)
     seqlen, evaluation_seqlen = min(calibration.seqlen, limit), min(evaluation.seqlen, limit)
     text = config.quantization.dataset if evaluation.dataset is None else evaluation.dataset
     held_out = evaluation.samples
@@ -94,7 +83,7 @@ def _text_bytes(text: object) -> int:
         return Path(text).stat().st_size
     try:
         rows = pq.ParquetFile(text).metadata
-    except (pa.ArrowInvalid, OSError):  # told by whoever reads it
+    except (pa.ArrowInvalid, OSError):  # reading the text raises it with a remedy
         return 0
     return sum(rows.row_group(index).total_byte_size for index in range(rows.num_row_groups))
 
@@ -107,7 +96,7 @@ def _tokenized(config: RunConfig) -> int:
 
 
 def _resident() -> int:
-    """Resident set of this process, in bytes; 0 where the system does not tell."""
+    """Resident set of this process, in bytes; 0 where it cannot be read."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -115,7 +104,7 @@ def _resident() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that this process can still take: of the machine and of its control group; None where nobody tells."""
+    """Bytes that this process can still take of the machine's memory and of its control group's; None where neither can be read."""
     found = []
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -145,14 +134,14 @@ class Shortage:
     """Value and rule."""
     remedy: str
     certain: bool
-    """Beyond the estimate's error."""
+    """Whether it exceeds the estimate's error."""
 
     def __str__(self) -> str:
         return f"{self.text}: {self.remedy}"
 
 
 def shortages(config: RunConfig, found: Foreseen) -> list[Shortage]:
-    """What of the memory, the accelerator's memory and the disk does not do for a plan."""
+    """Resources (RAM, GPU memory, disk) that are too small for the plan."""
     costs = found.estimate
     fewer = "lower calibration.samples or calibration.seqlen"
     if max(costs.stage_bytes, key=costs.stage_bytes.__getitem__) == "evaluation":
@@ -171,16 +160,13 @@ def shortages(config: RunConfig, found: Foreseen) -> list[Shortage]:
 
 
 def existing(path: Path) -> Path:
-    """The folder that is there already, of a path that may not be."""
+    """The path itself, or the nearest folder above it that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def fits(config: RunConfig, found: Foreseen | None = None) -> tuple[str, ...]:
-    """Notes on what may not do. Raises InputError for memory or disk that is too small beyond the estimate's error.
-
-    found: what `foresee` said about the config, where that is known.
-    """
-    short = shortages(config, found or foresee(config))
+def fits(config: RunConfig, found: Foreseen) -> tuple[str, ...]:
+    """Notes on memory or disk that may be too small. Raises InputError where they are too small beyond the estimate's error."""
+    short = shortages(config, found)
     for shortage in short:
         if shortage.certain:
             raise InputError(str(shortage))

@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from functools import lru_cache
+import os
 from pathlib import Path
+from typing import Any
 
-from gptq_core.checkpoint.reader import Checkpoint, resolve
-from gptq_core.data.overlap import objection, overlap
+from gptq_core.data.overlap import NGRAM, objection, overlap
 from gptq_core.data.tokenizer import load_tokenizer, model_limits
 from gptq_core.data.windows import Windows, calibration_windows, evaluation_windows, split_windows
 from gptq_core.errors import InputError
+from gptq_core.model.opened import OpenedModel
 from tasks.config.run import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class RunTexts:
     """The two texts of a run as packed token windows, and what was adjusted on the way."""
 
     calibration: Windows
     evaluation: Windows
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     overlap: tuple[float, float] = (0.0, 0.0)
     """Share of the held-out text's n-grams that calibration sees too, and share of the calibration's that stand in the held-out text."""
 
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the windows into `folder`; {"calibration": record, "evaluation": record, "overlap": as in the run record}."""
+        share, of_calibration = self.overlap
+        return {
+            "calibration": save(self.calibration, folder, "calibration"),
+            "evaluation": save(self.evaluation, folder, "evaluation"),
+            "overlap": {
+                "share": share,
+                "calibration_share": of_calibration,
+                "ngram": NGRAM,
+                "positions": self.evaluation.total_windows * max(0, self.evaluation.seqlen - NGRAM + 1),
+            },
+        }
 
-def prepare(config: RunConfig) -> Prepared:
-    """Read and pack the calibration and the evaluation text. InputError: the model or a text does not do."""
-    # the check, the flow and the cells of a sweep ask for the same text: one process reads it once while its files stay as they are
-    text = {
-        "model": config.model.model_dump(include={"path", "revision"}),
-        "calibration": config.calibration.model_dump(),
-        "evaluation": config.evaluation.model_dump(),
-        "quantization": {"bits": 4, "dataset": config.quantization.dataset},
-    }
-    return _prepare(json.dumps(text), tuple(_stamp(text) for text in (config.quantization.dataset, config.evaluation.dataset)))
+    @classmethod
+    def load(cls, record: dict[str, Any]) -> RunTexts:
+        """Read back what `save` has written."""
+        calibration, evaluation = (Windows.load(record[role]["file"]) for role in ("calibration", "evaluation"))
+        return cls(calibration, evaluation, overlap=(record["overlap"]["share"], record["overlap"]["calibration_share"]))
 
 
-@lru_cache(maxsize=8)
-def _prepare(text: str, stamps: tuple) -> Prepared:
-    config = RunConfig.model_validate_json(text)
+def read_texts(config: RunConfig, model: OpenedModel) -> RunTexts:
+    """Read and pack the calibration and the evaluation text. Raises InputError if the model or a text cannot be used."""
     calibration, evaluation = config.calibration, config.evaluation
-    Checkpoint(resolve(config.model.path, config.model.revision))  # the weights first: without them no tokenizer helps
-    limit = model_limits(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    limit, tokenizer = model_limits(model), load_tokenizer(model)
     notes = tuple(
         f"{room}.seqlen cut from {seqlen} to {limit}, the longest window the model allows"
         for room, seqlen in (("calibration", calibration.seqlen), ("evaluation", evaluation.seqlen))
@@ -63,11 +68,22 @@ def _prepare(text: str, stamps: tuple) -> Prepared:
         if evaluation.strict:
             raise InputError(f"{text}: give another evaluation.dataset, or set evaluation.strict: false")
         notes += (f"{text}: the numbers are better than they would be on unseen text",)
-    return Prepared(seen, held_out, notes, shares)
+    return RunTexts(seen, held_out, notes, shares)
 
 
-def _stamp(dataset: object) -> tuple[int, int] | None:
-    if not isinstance(dataset, str) or not Path(dataset).is_file():
-        return None
-    status = Path(dataset).stat()
-    return status.st_mtime_ns, status.st_size
+def save(windows: Windows, folder: Path, role: str) -> dict[str, Any]:
+    """Write `windows` into a file that is named by their digest, unless it is there; a record of file, digest, source and sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{role}-{windows.digest[:20]}.safetensors"
+    if not path.exists():
+        draft = path.with_name(f".{os.getpid()}-{path.name}")
+        windows.save(draft)
+        draft.replace(path)
+    return {
+        "file": str(path),
+        "digest": windows.digest,
+        "source": windows.source,
+        "windows": windows.count,
+        "seqlen": windows.seqlen,
+        "total_windows": windows.total_windows,
+    }

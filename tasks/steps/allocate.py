@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from gptq_core.checkpoint.writer import replace_file
-from gptq_core.data.windows import Windows
 from gptq_core.search import allocation
-from tasks.config.run import RunConfig
-from tasks.request.checks import allocation_file, request_key
-from tasks.steps.evaluate import Progress
+from gptq_core.search.allocation import Progress
+from tasks.request.request import Request
+from tasks.steps.opaque import Opaque
 
 
 @task(name="allocate", cache_policy=NO_CACHE)
-def allocate(config: RunConfig, windows_file: str, progress: Progress) -> dict[str, Any]:
-    """Choose the widths, write them to allocation.json and return that record: an Allocation's, with key, shares and seconds."""
-    started = time.perf_counter()
-    windows = Windows.load(windows_file)
+def allocate(request: Opaque[Request], progress: Opaque[Progress]) -> None:
+    """Choose the widths and write them to the request's allocation file: an Allocation's record, with key, shares and seconds."""
+    asked, started = request.value, time.perf_counter()
+    config = asked.config
     chosen = allocation.allocate(
-        config.model.path,
+        asked.model,
         config.quantization,
-        windows,
+        asked.texts.calibration,
         device=config.model.device,
         dtype=config.model.dtype,
-        revision=config.model.revision,
-        progress=progress.call,
+        progress=progress.value,
     )
-    record = {"key": request_key(config, windows), "seconds": time.perf_counter() - started, "shares": chosen.shares, **chosen.record()}
-    path = allocation_file(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(record, indent=2) + "\n").encode())
-    written: dict[str, Any] = json.loads(path.read_text())
-    return written
+    record = {"key": asked.key, "seconds": time.perf_counter() - started, "shares": chosen.shares, **chosen.record()}
+    asked.allocation_file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(asked.allocation_file, (json.dumps(record, indent=2) + "\n").encode())

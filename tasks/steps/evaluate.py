@@ -1,9 +1,8 @@
-"""Perplexity and KL of a checkpoint as it lies on disk, and whatever else it is measured by."""
+"""The evaluation of a checkpoint on disk as Prefect tasks: perplexity and KL on the held-out text, and further measures."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from prefect import task
@@ -11,35 +10,27 @@ from prefect.cache_policies import NO_CACHE
 
 from gptq_core.data.windows import Windows
 from gptq_core.inference import backends
-from gptq_core.inference.evaluation import evaluate_one, evaluate_pair
+from gptq_core.inference.evaluation import Progress, evaluate_one, evaluate_pair
+from gptq_core.model.opened import OpenedModel
 from tasks.config.run import RunConfig
 from tasks.evaluation.scores import measure_all
-
-
-class Progress:
-    """A callback `(done, total)` that Prefect does not look into."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable[[int, int], None] | None) -> None:
-        self.call = call
+from tasks.steps.opaque import Opaque
 
 
 @task(name="measure", cache_policy=NO_CACHE)
-def measure(config: RunConfig, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
+def measure(config: RunConfig, progress: Opaque[Progress | None]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of config.evaluation.measures, on the checkpoint and on the original, and what failed."""
-    return measure_all(config, progress.call)
+    return measure_all(config, progress.value)
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate(
     checkpoint: str,
-    windows_file: str,
-    original: str | None,
-    revision: str | None,
+    windows: Opaque[Windows],
+    original: Opaque[OpenedModel] | None,
     device: str,
     kl: bool,
-    progress: Progress,
+    progress: Opaque[Progress | None],
     backend: str | None = None,
     stored: str | None = None,
 ) -> dict[str, Any]:
@@ -47,10 +38,9 @@ def evaluate(
 
     backend: who runs the checkpoint's linears, as in load_quantized. stored: the original's log-probabilities, as in evaluate_pair.
     """
-    started = time.perf_counter()
-    windows = Windows.load(windows_file)
+    started, text = time.perf_counter(), windows.value
     if original is None:
-        alone = evaluate_one(checkpoint, windows, device=device, backend=backend, progress=progress.call)
+        alone = evaluate_one(checkpoint, text, device=device, backend=backend, progress=progress.value)
         numbers: dict[str, Any] = {
             "original_perplexity": None,
             "quantized_perplexity": alone["perplexity"],
@@ -58,26 +48,16 @@ def evaluate(
             "top1_agreement": None,
             "flips": None,
             "tokens": alone["tokens"],
-            "windows": windows.count,
+            "windows": text.count,
         }
     else:
         numbers = dict(
-            evaluate_pair(
-                original,
-                checkpoint,
-                windows,
-                kl=kl,
-                revision=revision,
-                device=device,
-                backend=backend,
-                stored=stored,
-                progress=progress.call,
-            )
+            evaluate_pair(original.value, checkpoint, text, kl=kl, device=device, backend=backend, stored=stored, progress=progress.value)
         )
     return {
         **numbers,
         "backend": backends.named(backend) or "torch",
-        "digest": windows.digest,
-        "seqlen": windows.seqlen,
+        "digest": text.digest,
+        "seqlen": text.seqlen,
         "seconds": time.perf_counter() - started,
     }

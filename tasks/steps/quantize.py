@@ -1,4 +1,4 @@
-"""The engine's steps as Prefect tasks. The open quantization travels as an opaque handle; what comes back are small records.
+"""The engine's steps as Prefect tasks. The open quantization travels as an opaque value; what comes back are small records.
 
 No result is cached by Prefect: its default policy would hash the model, and the engine's own manifest decides what is done.
 """
@@ -13,15 +13,7 @@ from prefect.client.schemas.objects import TaskRun
 
 from gptq_core.errors import GPTQError
 from gptq_core.run.engine import BlockRecord, Published, Quantization
-
-
-class Handle:
-    """An open Quantization that Prefect looks neither into nor at: it walks collections, dataclasses and pydantic models only."""
-
-    __slots__ = ("job",)
-
-    def __init__(self, job: Quantization) -> None:
-        self.job = job
+from tasks.steps.opaque import Opaque
 
 
 def may_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -30,18 +22,18 @@ def may_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> boo
 
 
 @task(name="capture_calibration", cache_policy=NO_CACHE)
-def capture_calibration(handle: Handle) -> dict[str, int]:
+def capture_calibration(job: Opaque[Quantization]) -> dict[str, int]:
     """The inputs of the first block for every calibration window."""
-    return handle.job.capture()
+    return job.value.capture()
 
 
 @task(name="quantize_block", task_run_name="quantize_block-{index}", cache_policy=NO_CACHE, retries=1, retry_condition_fn=may_retry)
-def quantize_block(handle: Handle, index: int) -> BlockRecord:
+def quantize_block(job: Opaque[Quantization], index: int) -> BlockRecord:
     """Quantize and commit decoder block `index`, or replay it from disk."""
-    return handle.job.quantize_block(index)
+    return job.value.quantize_block(index)
 
 
 @task(name="assemble", cache_policy=NO_CACHE)
-def assemble(handle: Handle) -> Published:
+def assemble(job: Opaque[Quantization]) -> Published:
     """Publish the checkpoint; on finished work, its record as it was."""
-    return handle.job.assemble()
+    return job.value.assemble()

@@ -18,16 +18,13 @@ from typing import Any
 
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import GPTQError, InputError, OutputHeldError
-from gptq_core.planning.plan import plan
-from gptq_core.run import identity
 from tasks.config.run import RunConfig
 from tasks.config.sweep import Cell, SweepConfig
 from tasks.evaluation.scores import check_measures
 from tasks.outcome import record as records
 from tasks.outcome.gate import judge
 from tasks.request.capacity import fits
-from tasks.request.checks import open_quantization
-from tasks.request.texts import prepare
+from tasks.request.request import Request, Requests
 from tasks.run import evaluated
 from tasks.sweep.workers import Outcome
 
@@ -42,6 +39,8 @@ class State:
     record: dict[str, Any] | None = None
     """A run record; of a screened cell its figures."""
     key: str | None = None
+    request: Request | None = None
+    """What was opened for it; None: its config is invalid."""
 
     @property
     def config(self) -> RunConfig:
@@ -54,48 +53,52 @@ class State:
 
 def examine(config: SweepConfig) -> list[State]:
     """Every cell: is it valid, and is it done. Reads the texts once for all that share them; computes nothing."""
-    screened = _screened(config) if config.mode == "screening" else {}
-    return [examine_cell(cell) if config.mode == "exact" else _examine_screening(cell, screened) for cell in config.expanded()]
+    requests, screened = Requests.current(), _screened(config) if config.mode == "screening" else {}
+    found = []
+    for cell in config.expanded():
+        if cell.config is None:
+            found.append(State(cell, "invalid", cell.error))
+            continue
+        state = State(cell, "missing", request=requests.of(cell.config))
+        found.append(_examine_exact(state) if config.mode == "exact" else _examine_screening(state, screened))
+    return found
 
 
-def examine_cell(cell: Cell) -> State:
-    """A cell of an exact sweep, looked at on disk."""
-    if cell.config is None:
-        return State(cell, "invalid", cell.error)
+def _examine_exact(state: State) -> State:
+    """A cell as it stands on disk now."""
+    config, request = state.config, state.request
     try:
-        prepared = prepare(cell.config)
-        with open_quantization(cell.config, prepared.calibration) as job:
-            key, finished = job.key, job.finished
+        texts = request.texts
+        with request:
+            key, finished = request.job.key, request.job.finished
         if not finished:
-            fits(cell.config)
-            check_measures(cell.config, prepared.calibration)
-        record = records.read(cell.config.out)
+            fits(config, request.foreseen)
+            check_measures(config, texts.calibration)
+        record = records.read(config.out)
     except OutputHeldError as error:
-        return State(cell, "held", str(error))
+        return replace(state, status="held", error=str(error))
     except InputError as error:
-        return State(cell, "invalid", str(error))
+        return replace(state, status="invalid", error=str(error))
     except (GPTQError, OSError, ValueError) as error:  # a damaged manifest or record, a folder that cannot be read
-        return State(cell, "failed", f"{cell.config.out}: {type(error).__name__}: {error}")
-    if finished and record and record.get("key") == key and evaluated(record, cell.config, prepared.evaluation.digest):
-        return State(cell, "done", record=record | {"gate": judge(cell.config.gate, record) if cell.config.gate else None}, key=key)
-    return State(cell, "missing", key=key)
+        return replace(state, status="failed", error=f"{config.out}: {type(error).__name__}: {error}")
+    if finished and record and record.get("key") == key and evaluated(record, config, texts.evaluation.digest):
+        record |= {"gate": judge(config.gate, record) if config.gate else None}
+        return replace(state, status="done", record=record, key=key)
+    return replace(state, status="missing", key=key)
 
 
-def _examine_screening(cell: Cell, screened: dict[str, Any]) -> State:
-    if cell.config is None:
-        return State(cell, "invalid", cell.error)
+def _examine_screening(state: State, screened: dict[str, Any]) -> State:
+    config, request = state.config.quantization, state.request
     try:
-        prepared, model = prepare(cell.config), cell.config.model
-        if cell.config.quantization.allocate:
+        heldout = request.texts.evaluation.digest
+        if config.allocate:
             raise InputError("quantization.allocate: widths are chosen for a run of its own; set mode: exact")
-        plan(model.path, cell.config.quantization, model.revision)  # refuses what this model cannot be quantized to
-        key = identity.request_key(
-            model.path, cell.config.quantization, prepared.calibration, device=model.device, dtype=model.dtype, revision=model.revision
-        )
+        request.model.select(config)  # refuses what this model cannot be quantized to
+        key = hashlib.sha256(f"{request.key} {heldout}".encode()).hexdigest()
     except InputError as error:
-        return State(cell, "invalid", str(error))
-    key = hashlib.sha256(f"{key} {prepared.evaluation.digest}".encode()).hexdigest()
-    return State(cell, "done", record=screened[key], key=key) if key in screened else State(cell, "missing", key=key)
+        return replace(state, status="invalid", error=str(error))
+    record = screened.get(key)
+    return replace(state, status="done" if record else "missing", record=record, key=key)
 
 
 def _screened(config: SweepConfig) -> dict[str, Any]:
@@ -122,15 +125,12 @@ def keep_screened(config: SweepConfig, found: dict[str, dict[str, Any]]) -> None
     _write(config.folder / "screening.json", _screened(config) | found)
 
 
-# -- what is missing ------------------------------------------------------------------------------------------------------
-
-
 # -- what came out --------------------------------------------------------------------------------------------------------
 
 
 def after(state: State, outcome: Outcome) -> State:
-    """A cell after its job: what lies on disk decides, and the outcome tells why nothing does."""
-    found = examine_cell(state.cell) if outcome["status"] != "held" else state
+    """A cell after its job: what lies on disk decides; the outcome says why nothing lies there."""
+    found = _examine_exact(state) if outcome["status"] != "held" else state
     if found.status == "done":
         return found
     status = outcome["status"] if outcome["status"] != "done" else "failed"

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from gptq_core.checkpoint import reader
 from gptq_core.inference.evaluation import original_bytes
-from tasks.config.run import RunConfig
 from tasks.config.sweep import SweepConfig, cores, devices_of
 from tasks.outcome import record as records
-from tasks.request.capacity import available_memory, existing, foresee
-from tasks.request.texts import Prepared, prepare
-from tasks.steps.prepare_dataset import overlap_record, save
+from tasks.request.capacity import available_memory, existing
+from tasks.request.request import Request
+from tasks.request.texts import save
 from tasks.sweep.cells import State
 from tasks.sweep.worker import Job
 
@@ -35,7 +34,7 @@ class Places:
 def places(config: SweepConfig, missing: list[State]) -> Places:
     """As many cells at a time as max_parallel, the cores, and the planned memory of the largest cell allow; one at least."""
     devices = devices_of(config)
-    needed = max(_needs(state.config, devices) for state in missing)
+    needed = max(_needs(state.request, devices) for state in missing)
     free = _free(devices)
     slots = len(missing) if free is None else max(1, int(free // needed))
     wanted = config.max_parallel or (cores() if devices == ["cpu"] else len(missing))
@@ -44,13 +43,13 @@ def places(config: SweepConfig, missing: list[State]) -> Places:
     return Places(devices[:used], slots, used, config.threads or max(1, cores() // used))
 
 
-def _needs(config: RunConfig, devices: list[str]) -> int:
-    estimate = foresee(config).estimate
+def _needs(request: Request, devices: list[str]) -> int:
+    estimate = request.foreseen.estimate
     return max(1, estimate.host_bytes if devices == ["cpu"] else estimate.device_bytes)
 
 
 def _free(devices: list[str]) -> int | None:
-    """Memory that the cells of one device may use, in bytes; None where the system does not tell."""
+    """Memory that the cells of one device may use, in bytes; None where it cannot be read."""
     if devices == ["cpu"]:
         return available_memory()
     import torch
@@ -63,18 +62,10 @@ def jobs(config: SweepConfig, missing: list[State], threads: int, originals: dic
     common = {"kind": "run", "threads": threads, "memory_gb": config.limits.memory_gb, "known_sha256": dict(reader.known_sha256)}
     found = {}
     for state in missing:
-        prepared, folder = prepare(state.config), records.beside(state.config.out, ".work")
-        data = {
-            "calibration": save(prepared.calibration, folder, "calibration"),
-            "evaluation": save(prepared.evaluation, folder, "evaluation"),
-            "overlap": overlap_record(prepared),
-            "notes": list(prepared.notes),
-            "seconds": 0.0,
-        }
         found[state.cell.name] = common | {
             "config": state.config.model_dump(mode="json"),
-            "data": data,
-            "original": originals.get(_original_key(state.config, prepared)),
+            "texts": state.request.texts.save(records.beside(state.config.out, ".work")),
+            "original": originals.get(_original_key(state.request)),
         }
     return found
 
@@ -83,8 +74,8 @@ def screening_jobs(config: SweepConfig, missing: list[State], threads: int) -> l
     """A job for all missing cells that share model and texts."""
     found: dict[str, Job] = {}
     for state in missing:
-        prepared, model = prepare(state.config), state.config.model
-        digests = [prepared.calibration.digest, prepared.evaluation.digest]
+        texts, model = state.request.texts, state.config.model
+        digests = [texts.calibration.digest, texts.evaluation.digest]
         job = found.setdefault(
             json.dumps([model.model_dump(), digests]),
             {
@@ -94,8 +85,7 @@ def screening_jobs(config: SweepConfig, missing: list[State], threads: int) -> l
                 "model": model.model_dump(),
                 "cells": {},
                 "known_sha256": dict(reader.known_sha256),
-                "calibration": save(prepared.calibration, config.folder / "shared", "calibration"),
-                "evaluation": save(prepared.evaluation, config.folder / "shared", "evaluation"),
+                "texts": texts.save(config.folder / "shared"),
             },
         )
         job["cells"][state.key] = state.config.quantization.model_dump(mode="json")
@@ -106,12 +96,12 @@ def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tu
     """Jobs that run an original once for several cells, and the files of those that are stored already; both by content key."""
     wanted: dict[str, list[State]] = {}
     for state in missing:
-        wanted.setdefault(_original_key(state.config, prepare(state.config)), []).append(state)
+        wanted.setdefault(_original_key(state.request), []).append(state)
     found, stored = {}, {}
     for key, states in wanted.items():
-        model, windows = states[0].config.model, prepare(states[0].config).evaluation
+        request, model, windows = states[0].request, states[0].config.model, states[0].request.texts.evaluation
         file = config.folder / "shared" / f"original-{key[:20]}.npy"
-        size = original_bytes(model.path, windows, model.revision)
+        size = original_bytes(request.model, windows)
         if file.is_file():
             stored[key] = str(file)
         elif len(states) > 1 and size <= min(STORED_ORIGINAL, shutil.disk_usage(existing(config.folder)).free // 2):
@@ -129,13 +119,13 @@ def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tu
     return found, stored
 
 
-def _original_key(config: RunConfig, prepared: Prepared) -> str:
+def _original_key(request: Request) -> str:
     """sha256 of what decides the original's log-probabilities: its weights, the windows, device and library."""
     import torch
     import transformers
 
     from gptq_core.model.architecture import choose_device
 
-    model = reader.Checkpoint(reader.resolve(config.model.path, config.model.revision)).digest()
-    what = [model, prepared.evaluation.digest, choose_device(config.model.device).type, torch.__version__, transformers.__version__]
+    model, text, device = request.model.source.digest(), request.texts.evaluation.digest, choose_device(request.config.model.device)
+    what = [model, text, device.type, torch.__version__, transformers.__version__]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

@@ -13,7 +13,6 @@ from tasks.config.run import model_name
 from tasks.config.sweep import SweepConfig
 from tasks.outcome import record as records
 from tasks.outcome.gate import judge, measured
-from tasks.request.texts import prepare
 from tasks.sweep.cells import State, _read, _write
 from tasks.sweep.pareto import front, recommend
 
@@ -44,7 +43,7 @@ def row(state: State) -> dict[str, Any]:
     if state.status != "done":
         return found
     model = state.config.model
-    found["judged_on"] = f"{model.path}@{model.revision or ''} {prepare(state.config).evaluation.digest[:12]}"
+    found["judged_on"] = f"{model.path}@{model.revision or ''} {state.request.texts.evaluation.digest[:12]}"
     if record.get("mode") == "screening":
         # in the form of a run's record, so that one gate judges both
         found["set_aside"] = list(record["set_aside"])

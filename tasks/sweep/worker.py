@@ -101,6 +101,8 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     from tasks.evaluation.scores import measure_original
     from tasks.outcome import record as records
     from tasks.outcome.load import Sampler
+    from tasks.request.request import Request, Requests
+    from tasks.request.texts import RunTexts
     from tasks.run import Steps, compute
 
     # after all imports: the limit is for the work
@@ -110,9 +112,8 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     if job["kind"] == "run":
         with Sampler() as sampler:  # before the limit: Python waits without end for a thread that has no memory to come up
             _limit_memory(job)
-            record = compute(
-                from_dict(job["config"]), events, steps=Steps.plain(), data=job["data"], original=job["original"], sampler=sampler
-            )
+            request = Request(from_dict(job["config"]), Requests(), RunTexts.load(job["texts"]))
+            record = compute(request, events, steps=Steps.plain(), original=job["original"], sampler=sampler)
         return {"record": record}
     _limit_memory(job)
     if job["kind"] == "original":
@@ -123,12 +124,13 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
         return {"file": job["file"]}
     if job["kind"] == "screening":
         model, cells = job["model"], {name: QuantizeConfig(**values) for name, values in job["cells"].items()}
-        texts = [Windows.load(job[role]["file"]) for role in ("calibration", "evaluation")]
+        texts = RunTexts.load(job["texts"])
         with events.stage("screen blocks") as tick:
             found = screen(
                 model["path"],
                 cells,
-                *texts,
+                texts.calibration,
+                texts.evaluation,
                 revision=model["revision"],
                 device=model["device"],
                 dtype=model["dtype"],

@@ -9,8 +9,8 @@ from flows.evaluation_request import EvaluationRequest, prepare_evaluation, runn
 from gptq_core.errors import InputError
 from tasks.config.run import from_dict
 from tasks.outcome import record as records
-from tasks.request.texts import prepare
-from tasks.steps.prepare_dataset import save
+from tasks.request.request import Requests
+from tasks.request.texts import save
 
 
 @pytest.fixture
@@ -33,8 +33,7 @@ def run(tiny_llama, corpus, tmp_path, monkeypatch):
             }
         )
         shutil.copytree(tiny_llama, config.out)
-        prepared = prepare(config)
-        data = save(prepared.evaluation, records.beside(config.out, ".work"), "evaluation")
+        data = save(Requests().texts(config).evaluation, records.beside(config.out, ".work"), "evaluation")
         records.write(config.out, records.new(config, "k" * 64) | {"evaluation_data": data})
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
@@ -50,8 +49,8 @@ def windows(out, **asked):
 
 def test_the_windows_of_the_run_are_judged_again_from_anywhere(run, monkeypatch):
     out, data, there = run(seqlen=64)
-    found, original, revision = prepare_evaluation(EvaluationRequest(checkpoint=str(out)))
-    assert found.digest == data["digest"] and original == str(there / "model") and revision is None
+    found, original = prepare_evaluation(EvaluationRequest(checkpoint=str(out)))
+    assert found.digest == data["digest"] and original == (str(there / "model"), None)
     (there / "text.txt").write_text("another text")
     assert windows(out).digest == data["digest"], "the file of the run is read, not the text"
     assert windows(out, seqlen=64).digest == data["digest"]

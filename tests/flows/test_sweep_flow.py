@@ -279,7 +279,6 @@ def test_the_text_is_read_once_and_the_original_run_once(home, run_yaml, monkeyp
     split, jobs = tasks.request.texts.split_windows, tasks.sweep.jobs.jobs
     monkeypatch.setattr(tasks.request.texts, "split_windows", lambda *args: read.append(args) or split(*args))
     monkeypatch.setattr(tasks.sweep.jobs, "jobs", lambda *args: stored.append(args[-1]) or jobs(*args))
-    tasks.request.texts._prepare.cache_clear()
     result = call(run_yaml, "--grid", "bits=3,4,8", "--set", "quantization.group_size=64", "--out", home / "shared")
     assert result.exit_code == 0, result.output
     [file] = (home / "shared" / "shared").glob("original-*.npy")

@@ -125,7 +125,7 @@ def test_a_held_output_is_exit_75(broken, monkeypatch):
     def held(config):
         raise OutputHeldError("out is held by process 7")
 
-    monkeypatch.setattr("tasks.request.checks.check", held)
+    monkeypatch.setattr("tasks.request.request.Request.check", held)
     result = call("quantize", *GOOD)
     assert result.exit_code == 75 and result.stderr == "error: out is held by process 7\n"
 
@@ -134,7 +134,7 @@ def test_interruption_is_exit_130(broken, monkeypatch):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tasks.request.checks.check", interrupted)
+    monkeypatch.setattr("tasks.request.request.Request.check", interrupted)
     result = call("quantize", *GOOD)
     assert result.exit_code == 130 and "resumes" in result.stderr
 

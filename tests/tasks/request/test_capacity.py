@@ -7,7 +7,8 @@ import pytest
 
 from gptq_core.errors import InputError
 from tasks.config.run import from_dict
-from tasks.request import capacity, checks
+from tasks.request import capacity
+from tasks.request.request import Requests
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -24,38 +25,42 @@ def config(tiny_llama, corpus, tmp_path):
     )
 
 
+def foreseen(config):
+    return Requests().of(config).foreseen
+
+
 def needed(config):
-    costs = capacity.foresee(config).estimate
+    costs = foreseen(config).estimate
     return costs.host_bytes - costs.mapped_bytes - capacity._resident()
 
 
 def test_memory_that_is_too_small_is_refused_with_a_remedy(config, monkeypatch):
     monkeypatch.setattr(capacity, "available_memory", lambda: 1_000_000)
     with pytest.raises(InputError, match=r"memory: .* are needed, 0.00 GB are free \(must fit\): .*calibration.samples"):
-        checks.check(config)
+        Requests().of(config).check()
     assert not config.out.parent.exists()
 
 
 def test_within_the_error_of_the_estimate_it_is_a_note(config, monkeypatch):
     need = needed(config)
     monkeypatch.setattr(capacity, "available_memory", lambda: int(need / 1.1))
-    [note] = capacity.fits(config)
+    [note] = capacity.fits(config, foreseen(config))
     assert note.startswith("memory: ") and "good to a fifth" in note
     monkeypatch.setattr(capacity, "available_memory", lambda: int(need * 1.2))
-    assert capacity.fits(config) == ()
+    assert capacity.fits(config, foreseen(config)) == ()
     monkeypatch.setattr(capacity, "available_memory", lambda: None)
-    assert capacity.fits(config) == ()
+    assert capacity.fits(config, foreseen(config)) == ()
 
 
 def test_a_full_disk_is_refused(config, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(1, 1, 1000))
     with pytest.raises(InputError, match="disk: .* choose an output.dir on another disk"):
-        capacity.fits(config)
+        capacity.fits(config, foreseen(config))
 
 
 def test_no_more_windows_are_foreseen_than_the_text_can_hold(config):
     many = config.model_copy(update={"calibration": config.calibration.model_copy(update={"samples": 10**9})})
-    assert capacity.foresee(many).estimate.host_bytes < 2 * capacity.foresee(config).estimate.host_bytes + 2**30
+    assert foreseen(many).estimate.host_bytes < 2 * foreseen(config).estimate.host_bytes + 2**30
 
 
 def test_the_memory_of_this_machine_is_known():

@@ -8,6 +8,7 @@ import pytest
 from gptq_core.errors import OutputHeldError
 from tasks.config.sweep import SweepConfig
 from tasks.outcome.record import beside
+from tasks.request.request import Request, Requests
 from tasks.sweep import cells, jobs, results
 
 GB = 10**9
@@ -35,12 +36,14 @@ def machine(monkeypatch):
     def having(free):
         monkeypatch.setattr(jobs, "cores", lambda: 8)
         monkeypatch.setattr(jobs, "_free", lambda devices: free * GB)
-        monkeypatch.setattr(cells, "fits", lambda config: ())
-        monkeypatch.setattr(
-            jobs, "foresee", lambda config: SimpleNamespace(estimate=SimpleNamespace(host_bytes=3 * GB, device_bytes=3 * GB))
-        )
+        monkeypatch.setattr(cells, "fits", lambda config, found: ())
+        monkeypatch.setattr(Request, "foreseen", SimpleNamespace(estimate=SimpleNamespace(host_bytes=3 * GB, device_bytes=3 * GB)))
 
     return having
+
+
+def done(cell, record):
+    return cells.State(cell, "done", record=record, request=Requests().of(cell.config))
 
 
 def placed(config):
@@ -73,7 +76,7 @@ def test_jobs_carry_the_limits_and_what_was_done_once(sweep):
     assert [job["config"]["quantization"]["bits"] for job in found.values()] == [2, 3, 4, 8]
     for name, each in found.items():
         assert (each["threads"], each["memory_gb"], each["original"]) == (7, 2.5, job["file"])
-        assert each["data"]["calibration"]["file"].startswith(str(beside(config.folder / name, ".work")))
+        assert each["texts"]["calibration"]["file"].startswith(str(beside(config.folder / name, ".work")))
         assert any(str(config.expanded()[0].config.model.path) in stamp for stamp in each["known_sha256"])
 
 
@@ -105,11 +108,11 @@ def test_a_gate_judges_screened_cells_too(sweep, base):
         "fallback_layers": ["a"],
         "error": None,
     }
-    cells = config.expanded()[:2]
-    states = [cells.State(cell, "done", record=figures | {"kl": kl}) for cell, kl in zip(cells, (0.2, 0.05), strict=True)]
+    two = config.expanded()[:2]
+    states = [done(cell, figures | {"kl": kl}) for cell, kl in zip(two, (0.2, 0.05), strict=True)]
     found = results.result(config, states, [], 0.0)
     assert [row["gate"] for row in found["cells"]] == ["failed", "passed"] and found["cells"][0]["fallback_layers"] == 1
-    assert found["recommended"]["name"] == cells[1].name and "gate" in found["recommended"]["rule"]
+    assert found["recommended"]["name"] == two[1].name and "gate" in found["recommended"]["rule"]
 
 
 def test_a_damaged_cell_is_told_and_stops_no_other(sweep):
@@ -140,7 +143,7 @@ def test_what_was_not_told_everywhere_is_not_settled(sweep, part, broken):
         "assembly": {"bytes": 10, "bits_per_weight": 3.2},
         "mlflow": logged,
     }
-    state = cells.State(config.expanded()[0], "done", record=record)
+    state = done(config.expanded()[0], record)
     results.write(config, results.result(config, [state], [], 0.0) | {"mlflow": logged})
     assert results.settled(config, [state])
     if part == "cell":
