@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 from gptq_core.checkpoint.card import rewrite as write_card
 from gptq_core.config import kernel_name
-from gptq_core.errors import GPTQError
 from gptq_core.run.engine import Quantization
 from tasks.config.run import RunConfig
-from tasks.evaluation.scores import measures_key
+from tasks.evaluation.scores import FAILURES
 from tasks.outcome import record as records
 from tasks.outcome.gate import judge
 from tasks.outcome.load import Sampler
@@ -84,7 +83,7 @@ def _compute(
         allocation = _allocate(request, report, steps)
         job = request.job
         earlier = _earlier(config, job.key)
-        record = _record(config, job.key, data, allocation)
+        record = _record(request, data, allocation)
         record["unchanged"] = job.finished
         if job.finished:
             report.note(f"{config.out}: unchanged, nothing to do")
@@ -98,7 +97,7 @@ def _compute(
             if allocation:
                 record["stage_seconds"]["allocate"] = allocation["seconds"]
         records.write(config.out, record)
-        if not evaluated(record, config, data["evaluation"]["digest"]):
+        if not evaluated(record, request):
             advance(90, "evaluate")
             _evaluate(request, record, report, steps, original)
             record["evaluation"] = record["evaluation"] and record["evaluation"] | {"overlap": data["overlap"]}
@@ -150,8 +149,7 @@ def _quantize(job: Quantization, report: Reporter, advance: Callable[[float, str
 
 def _evaluate(request: Request, record: dict[str, Any], report: Reporter, steps: Steps, original: str | None) -> None:
     """Fill in what the record lacks: first the held-out text, then the measures; what fails costs nothing that was measured before."""
-    config, windows = request.config, request.texts.evaluation
-    key = measures_key(config)
+    config, windows, key = request.config, request.texts.evaluation, request.measures.key
     try:
         if record["evaluation"] is None:
             with report.stage("evaluate", windows.count) as tick:
@@ -170,14 +168,13 @@ def _evaluate(request: Request, record: dict[str, Any], report: Reporter, steps:
         if key:
             started = time.perf_counter()
             with report.stage("measure", len(config.evaluation.measures)) as tick:
-                rows, failed = steps.measure(config, Opaque(lambda done, total: tick(done)))
+                rows, failed = steps.measure(Opaque(request), Opaque(lambda done, total: tick(done)))
             for row in rows:
                 report.note(row["sentence"])
             record["stage_seconds"]["measure"] = time.perf_counter() - started
             record["evaluation"] |= {"measures": rows, "measured": None if failed else key, "recovery": None if failed else _lowest(rows)}
             record["evaluation_error"] = "; ".join(failed) or None
-    # what a device, a disk, a kernel or a model's own code ends with; the checkpoint stands, and the run tells it at its end
-    except (GPTQError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, MemoryError, ImportError) as error:
+    except FAILURES as error:  # the checkpoint stands, and the run fails at its end
         record["evaluation_error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -193,29 +190,30 @@ def _earlier(config: RunConfig, key: str) -> dict[str, Any]:
     return stored if stored.get("key") == key else {}
 
 
-def _record(config: RunConfig, key: str, data: dict[str, Any], allocation: dict[str, Any] | None) -> dict[str, Any]:
-    """The stored record if it is of this very work and text, else a new one; it keeps what the work already told."""
-    stored, digest = _earlier(config, key), data["evaluation"]["digest"]
-    if stored and evaluated(stored, config, digest):
+def _record(request: Request, data: dict[str, Any], allocation: dict[str, Any] | None) -> dict[str, Any]:
+    """The stored record if it is of this very work and text, else a new one with what the stored one knows of this work."""
+    config, key = request.config, request.job.key
+    stored = _earlier(config, key)
+    if stored and evaluated(stored, request):
         return stored
     record = records.new(config, key)
     if stored:
         record |= {"blocks": stored["blocks"], "stage_seconds": stored["stage_seconds"]}
-        if _judged(stored, config, digest):
+        if _judged(stored, request):
             dropped = ("measures", "measured", "recovery")
             record["evaluation"] = {key: value for key, value in stored["evaluation"].items() if key not in dropped}
     return record | {"calibration_data": data["calibration"], "evaluation_data": data["evaluation"], "allocation": allocation}
 
 
-def evaluated(record: dict[str, Any], config: RunConfig, digest: str) -> bool:
-    """Whether a record has the numbers that `config` asks for, of the held-out windows with this digest."""
-    complete = _judged(record, config, digest) and record["seconds"] is not None and not record["evaluation_error"]
-    return complete and record["evaluation"].get("measured") == measures_key(config)
+def evaluated(record: dict[str, Any], request: Request) -> bool:
+    """Whether a record has all numbers that were requested."""
+    complete = _judged(record, request) and record["seconds"] is not None and not record["evaluation_error"]
+    return complete and record["evaluation"].get("measured") == request.measures.key
 
 
-def _judged(record: dict[str, Any], config: RunConfig, digest: str) -> bool:
-    """Whether it has those of the held-out text, whatever the measures say."""
-    found = record.get("evaluation")
+def _judged(record: dict[str, Any], request: Request) -> bool:
+    """Whether a record has the numbers on the held-out text, those of measures aside."""
+    found, config, digest = record.get("evaluation"), request.config, request.texts.evaluation.digest
     if not found:
         return False
     same_runner = found.get("backend", "torch") == (kernel_name(config.evaluation_backend) or "torch")

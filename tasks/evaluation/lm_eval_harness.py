@@ -21,6 +21,7 @@ import yaml
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import GPTQError, InputError
 from gptq_core.inference.evaluation import load_for_evaluation
+from gptq_core.model.opened import OpenedModel
 from tasks.config.measures import TasksMeasure
 
 
@@ -166,13 +167,13 @@ def _beside(files: Any, folder: Path) -> Any:
     return str(folder / files if glob.has_magic(files) else (folder / files).resolve())
 
 
-def open_model(path: str, *, revision: str | None, device: str, backend: str | None, runner: str | None, batch_size: int) -> Any:
+def load_model(model: OpenedModel, *, device: str, backend: str | None, runner: str | None, batch_size: int) -> Any:
     """An lm-eval model: by transformers, with GPTQModel's kernels under `backend`, or by vLLM."""
     if runner == "vllm":
         require_vllm()
         from lm_eval.models.vllm_causallms import VLLM
 
-        return VLLM(pretrained=path, revision=revision or "main", batch_size="auto")
+        return VLLM(pretrained=str(model.folder), batch_size="auto")
     from lm_eval.models.huggingface import HFLM
 
     class Quiet(HFLM):  # type: ignore[misc]  # lm-eval publishes no types
@@ -187,9 +188,9 @@ def open_model(path: str, *, revision: str | None, device: str, backend: str | N
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
 
-    model = load_for_evaluation(path, device, revision, backend)
+    loaded = load_for_evaluation(model, device, backend=backend)
     with _quiet():
-        return Quiet(pretrained=model, tokenizer=load_tokenizer(path, revision), batch_size=batch_size)
+        return Quiet(pretrained=loaded, tokenizer=load_tokenizer(model), batch_size=batch_size)
 
 
 def require_vllm() -> None:
@@ -198,7 +199,7 @@ def require_vllm() -> None:
 
 
 def score(model: Any, measure: TasksMeasure, manager: Any) -> tuple[Scores, dict[str, Any]]:
-    """The scores of the measure's tasks, and what lm-eval did: {"version", "shots": by task}. The model is what open_model returns."""
+    """The scores of the measure's tasks, and what lm-eval did: {"version", "shots": by task}. The model is what load_model returns."""
     import lm_eval
 
     try:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gptq_core.data.windows import Windows
 from gptq_core.errors import GPTQError, InputError
 from gptq_core.inference import backends
 from gptq_core.model.architecture import choose_device
@@ -26,7 +27,7 @@ from gptq_core.run.identity import request_key
 from gptq_core.search.allocation import Allocation
 from tasks.config import secrets
 from tasks.config.run import RunConfig
-from tasks.evaluation.scores import check_measures, measures_key
+from tasks.evaluation.scores import Measures
 from tasks.outcome import record as records
 from tasks.request.capacity import Foreseen, fits, foresee
 from tasks.request.handing import handed
@@ -75,6 +76,11 @@ class Request:
         return foresee(self.config, self.model)
 
     @cached_property
+    def measures(self) -> Measures:
+        """What the checkpoint is measured by beside perplexity and KL."""
+        return Measures(self.config, self.model, self._requests.measured)
+
+    @cached_property
     def key(self) -> str:
         """sha256 of model, settings, calibration windows, kind of device and this code."""
         model = self.config.model
@@ -95,8 +101,8 @@ class Request:
         tight = fits(config, self.foreseen)
         texts, record = self.texts, records.read(config.out) or {}
         overlapping = ()
-        if (record.get("evaluation") or {}).get("measured") != measures_key(config):
-            overlapping = check_measures(config, texts.calibration)
+        if (record.get("evaluation") or {}).get("measured") != self.measures.key:
+            overlapping = self.measures.check(texts.calibration)
         job = self.job
         verdicts = loadability(job.config, job.selection) if self.allocation else self.foreseen.verdicts
         return (*texts.notes, *overlapping, *tight, *objections(verdicts))
@@ -163,6 +169,8 @@ class Requests:
         self._by_output: dict[Path, Request] = {}
         self._models: dict[tuple[str, str | None], OpenedModel] = {}
         self._texts: dict[str, RunTexts] = {}
+        self.measured: dict[tuple[Any, ...], Windows] = {}
+        """Texts of measures, as `Measures` keeps them."""
 
     @staticmethod
     def current() -> Requests:

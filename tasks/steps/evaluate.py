@@ -12,15 +12,14 @@ from gptq_core.data.windows import Windows
 from gptq_core.inference import backends
 from gptq_core.inference.evaluation import Progress, evaluate_one, evaluate_pair
 from gptq_core.model.opened import OpenedModel
-from tasks.config.run import RunConfig
-from tasks.evaluation.scores import measure_all
+from tasks.request.request import Request
 from tasks.steps.opaque import Opaque
 
 
 @task(name="measure", cache_policy=NO_CACHE)
-def measure(config: RunConfig, progress: Opaque[Progress | None]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of config.evaluation.measures, on the checkpoint and on the original, and what failed."""
-    return measure_all(config, progress.value)
+def measure(request: Opaque[Request], progress: Opaque[Progress | None]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of the measures, on the checkpoint and on the original, and what failed."""
+    return request.value.measures.run(progress.value)
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)

@@ -20,7 +20,6 @@ from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import GPTQError, InputError, OutputHeldError
 from tasks.config.run import RunConfig
 from tasks.config.sweep import Cell, SweepConfig
-from tasks.evaluation.scores import check_measures
 from tasks.outcome import record as records
 from tasks.outcome.gate import judge
 from tasks.request.capacity import fits
@@ -73,7 +72,7 @@ def _examine_exact(state: State) -> State:
             key, finished = request.job.key, request.job.finished
         if not finished:
             fits(config, request.foreseen)
-            check_measures(config, texts.calibration)
+            request.measures.check(texts.calibration)
         record = records.read(config.out)
     except OutputHeldError as error:
         return replace(state, status="held", error=str(error))
@@ -81,7 +80,7 @@ def _examine_exact(state: State) -> State:
         return replace(state, status="invalid", error=str(error))
     except (GPTQError, OSError, ValueError) as error:  # a damaged manifest or record, a folder that cannot be read
         return replace(state, status="failed", error=f"{config.out}: {type(error).__name__}: {error}")
-    if finished and record and record.get("key") == key and evaluated(record, config, texts.evaluation.digest):
+    if finished and record and record.get("key") == key and evaluated(record, request):
         record |= {"gate": judge(config.gate, record) if config.gate else None}
         return replace(state, status="done", record=record, key=key)
     return replace(state, status="missing", key=key)

@@ -97,8 +97,9 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
     from gptq_core.config import QuantizeConfig
     from gptq_core.data.windows import Windows
     from gptq_core.inference.evaluation import store_original
+    from gptq_core.model.opened import open_model
     from tasks.config.run import from_dict
-    from tasks.evaluation.scores import measure_original
+    from tasks.evaluation.scores import Measures
     from tasks.outcome import record as records
     from tasks.outcome.load import Sampler
     from tasks.request.request import Request, Requests
@@ -117,10 +118,10 @@ def carry_out(job: Job, events: Events) -> dict[str, Any]:
         return {"record": record}
     _limit_memory(job)
     if job["kind"] == "original":
-        windows = Windows.load(job["windows"])
-        store_original(job["model"], windows, Path(job["file"]), revision=job["revision"], device=job["device"])
+        windows, model = Windows.load(job["windows"]), open_model(job["model"], job["revision"])
+        store_original(model, windows, Path(job["file"]), device=job["device"])
         if job.get("config"):
-            measure_original(from_dict(job["config"]))
+            Measures(from_dict(job["config"]), model).score_original()
         return {"file": job["file"]}
     if job["kind"] == "screening":
         model, cells = job["model"], {name: QuantizeConfig(**values) for name, values in job["cells"].items()}

@@ -1,6 +1,7 @@
 """evaluation.measures: what a config may say, and what is refused before any work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import yaml
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.data.windows import Windows, calibration_windows
 from gptq_core.errors import InputError
+from gptq_core.model.opened import OpenedModel
 from tasks.config.measures import PRESETS
 from tasks.config.run import from_dict
-from tasks.evaluation.scores import check_measures, measures_key
+from tasks.evaluation.scores import Measures
 
 BASE = {"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
 PERPLEXITY = {"wikitext2", "c4"}
@@ -21,8 +23,12 @@ TASKS = {"arc_easy", "arc_challenge", "hellaswag", "winogrande", "piqa", "mmlu",
 SEEN = Windows(torch.arange(64).view(2, 32), "seen", 2)
 
 
+def measures(found):
+    return Measures(found, OpenedModel(Path(found.model.path)))
+
+
 def check(found):
-    return check_measures(found, SEEN)
+    return measures(found).check(SEEN)
 
 
 def config(*measures, **evaluation):
@@ -101,17 +107,17 @@ def test_a_measure_on_the_calibration_text_is_told(tiny_llama, corpus):
     base = {"model": {"path": str(tiny_llama)}, "quantization": {"bits": 4, "dataset": str(corpus)}}
     found = from_dict(base | {"evaluation": {"measures": [str(corpus)]}})
     seen = calibration_windows(str(corpus), load_tokenizer(str(tiny_llama)), 8, 64, 0)
-    [note] = check_measures(found, seen)
+    [note] = measures(found).check(seen)
     assert note.startswith("measure corpus and calibration overlap") and "100.0% of the calibration text" in note
     with pytest.raises(InputError, match="set evaluation.strict: false"):
-        check_measures(from_dict(base | {"evaluation": {"measures": [str(corpus)], "strict": True}}), seen)
+        measures(from_dict(base | {"evaluation": {"measures": [str(corpus)], "strict": True}})).check(seen)
 
 
 def test_a_runner_that_is_not_installed_is_told_and_each_runner_is_other_work():
     with pytest.raises(InputError, match="the package vllm is not installed"):
         check(config("embedded_choice", runner="vllm"))
-    keys = {measures_key(config("embedded_choice", runner=runner)) for runner in (None, "torch", "gptqmodel", "vllm")}
-    assert len(keys) == 4 and measures_key(config()) is None
+    keys = {measures(config("embedded_choice", runner=runner)).key for runner in (None, "torch", "gptqmodel", "vllm")}
+    assert len(keys) == 4 and measures(config()).key is None
     assert [config(runner=runner).evaluation_backend for runner in (None, "torch", "gptqmodel")] == [None, "torch", "gptq_torch"]
     named = from_dict(BASE | {"quantization": BASE["quantization"] | {"backend": "gptq_triton"}, "evaluation": {"runner": "gptqmodel"}})
     assert named.evaluation_backend == "gptq_triton"

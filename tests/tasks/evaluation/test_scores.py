@@ -14,9 +14,10 @@ from gptq_core import QuantizeConfig
 from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.data.windows import calibration_windows
 from gptq_core.inference.evaluation import load_for_evaluation
+from gptq_core.model.opened import open_model
 from gptq_core.run.engine import Quantization
 from tasks.config.run import from_dict
-from tasks.evaluation.scores import measure_all, measure_original, measures_key
+from tasks.evaluation.scores import Measures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,8 +127,12 @@ def test_scores_are_those_of_lm_eval_by_itself(config, home, tiny_llama):
     assert "0-shot, the first 10 of each task" in row["protocol"] and row["sentence"].startswith("pairs, acc: ")
 
 
+def measures(config):
+    return Measures(config, open_model(config.model.path))
+
+
 def measured(config):
-    rows, failed = measure_all(config)
+    rows, failed = measures(config).run()
     assert failed == []
     return rows
 
@@ -186,7 +191,7 @@ def test_two_names_of_one_text_are_two_rows_of_one_score(config, home, corpus):
 
 def test_what_fails_costs_no_other_measure(config, home, corpus):
     task(home, "broken", "pairs", include="pairs.yaml", doc_to_text="{{no_such_field.deeper}}")
-    rows, failed = measure_all(config(own(home, "broken"), str(corpus)))
+    rows, failed = measures(config(own(home, "broken"), str(corpus))).run()
     assert [row["metric"] for row in rows] == ["perplexity"]
     assert len(failed) == 1 and failed[0].startswith("TaskFailedError: evaluation.measures: broken failed in lm-eval (UndefinedError")
 
@@ -204,18 +209,18 @@ def test_other_data_elsewhere_is_other_work(config, home):
     (home / "outer.jsonl").write_text((home / "tasks" / "pairs.jsonl").read_text())
     task(home, "outer", "../outer", include="pairs.yaml")
     mine = config(own(home, "outer"))
-    first, key = measured(mine), measures_key(mine)
+    first, key = measured(mine), measures(mine).key
     (home / "outer.jsonl").write_text("".join((home / "outer.jsonl").read_text().splitlines(keepends=True)[:9]))
-    assert measures_key(mine) != key and measured(mine)[0]["count"] == 9 != first[0]["count"]
+    assert measures(mine).key != key and measured(mine)[0]["count"] == 9 != first[0]["count"]
 
 
 def test_the_original_is_scored_once_for_all_runs_of_a_folder(config, home, monkeypatch):
     asked = []
     right = tasks.evaluation.scores._Judge._scored
 
-    def scored(self, wanted, path, *rest):
-        asked.append(path)
-        return right(self, wanted, path, *rest)
+    def scored(self, wanted, model, *rest):
+        asked.append(str(model.folder))
+        return right(self, wanted, model, *rest)
 
     monkeypatch.setattr(tasks.evaluation.scores._Judge, "_scored", scored)
     mine = config(own(home, "pairs", limit=7))
@@ -227,7 +232,7 @@ def test_the_original_is_scored_once_for_all_runs_of_a_folder(config, home, monk
     data = home / "tasks" / "pairs.jsonl"
     text = data.read_text()
     data.write_text("".join(text.splitlines(keepends=True)[::-1]))
-    measure_original(mine)
+    measures(mine).score_original()
     data.write_text(text)
     assert len(asked) == 4 and asked[-1] == mine.model.path
 
@@ -236,5 +241,5 @@ def test_the_global_generators_stay_as_they_were(config, home):
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     expected = random.random(), np.random.rand(), torch.rand(1).item()
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    measure_all(config(own(home, "pairs", limit=3)))
+    measures(config(own(home, "pairs", limit=3))).run()
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import tasks.request.request
+from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.errors import OutputHeldError
 from tasks.config.sweep import SweepConfig
 from tasks.outcome.record import beside
+from tasks.request.handing import handed_on
 from tasks.request.request import Request, Requests
 from tasks.sweep import cells, jobs, results
 
@@ -78,6 +81,23 @@ def test_jobs_carry_the_limits_and_what_was_done_once(sweep):
         assert (each["threads"], each["memory_gb"], each["original"]) == (7, 2.5, job["file"])
         assert each["texts"]["calibration"]["file"].startswith(str(beside(config.folder / name, ".work")))
         assert any(str(config.expanded()[0].config.model.path) in stamp for stamp in each["known_sha256"])
+
+
+def test_cells_share_the_model_and_the_texts(sweep, monkeypatch):
+    opened, read = [], []
+    right, texts = Checkpoint.__init__, tasks.request.request.read_texts
+    monkeypatch.setattr(Checkpoint, "__init__", lambda self, folder: opened.append(folder) or right(self, folder))
+    monkeypatch.setattr(tasks.request.request, "read_texts", lambda *args: read.append(args) or texts(*args))
+    config = sweep()
+    with handed_on(Requests()):
+        for _ in range(2):  # the command line looks, and then the flow
+            missing = cells.examine(config)
+        jobs.places(config, missing)
+        jobs.original_jobs(config, missing, 1)
+        jobs.jobs(config, missing, 1, {})
+        for state in missing:
+            assert cells.after(state, {"status": "failed", "error": "died", "result": None}).status == "failed"
+    assert len(missing) == 4 and len(opened) == 1 and len(read) == 1
 
 
 def test_cells_of_another_text_or_model_share_no_original(sweep, base):
