@@ -1,7 +1,8 @@
-"""What `evaluate` is asked for, and finding its text and its original. No Prefect here: a wrong request waits for no server."""
+"""The request of `evaluate`, and how its text and its original are found. No Prefect here: a wrong request must not wait for a server."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from gptq_core.data.windows import Windows, evaluation_windows
 from gptq_core.errors import InputError
 from gptq_core.inference.backends import for_checkpoint
 from gptq_core.model.architecture import choose_device
-from gptq_core.model.opened import open_model
+from gptq_core.model.opened import OpenedModel, open_model
 from gptq_core.schema import Schema
 from tasks.config.run import Device, Judged, Positive, from_dict
 from tasks.outcome import record as records
+from tasks.request.handing import handed
 from tasks.request.request import Requests
 
 DEFAULT_SEQLEN = 2048
@@ -41,35 +43,54 @@ class EvaluationRequest(Schema):
         return Path(self.checkpoint).resolve().name
 
 
-def prepare_evaluation(request: EvaluationRequest) -> tuple[Windows, tuple[str, str | None] | None]:
-    """The held-out windows, and path and revision of the original; None where no original is known."""
+@dataclass(frozen=True)
+class OpenedEvaluation:
+    """What was found for a request."""
+
+    request: EvaluationRequest
+    windows: Windows
+    original: str | None
+    """Path or hub id; None: no original is known."""
+    model: OpenedModel | None
+    """The original."""
+    backend: str | None
+    """The backend that is requested, or the run's."""
+
+
+def open_evaluation(request: EvaluationRequest) -> OpenedEvaluation:
+    """Find text, original and backend; what the command line has found is handed on to the flow.
+
+    Raises InputError where one of them is missing or cannot be used.
+    """
+    found = handed(OpenedEvaluation)
+    if found and found.request == request:
+        return found
     if not Path(request.checkpoint).is_dir():
         raise InputError(f"checkpoint {request.checkpoint} is not a folder: give the folder that a quantize run wrote")
     record = records.read(request.checkpoint)
-    settings = record["config"] if record else None
-    original = request.model and (request.model, None)
+    settings, original, revision = record["config"] if record else None, request.model, None
     if original is None and settings:
-        original = _from_there(record, request.checkpoint, settings["model"]["path"]), settings["model"]["revision"]
-    if original is not None:
-        model_limits(*original)  # an original that went away is named now, not after the quantized half
+        original, revision = _from_there(record, request.checkpoint, settings["model"]["path"]), settings["model"]["revision"]
+    model = None if original is None else open_model(original, revision)
+    if model:
+        model_limits(model)  # an original that went away is named now, not after the quantized half
+    windows = _windows(request, record)
+    backend = request.backend or (settings["quantization"].get("backend") if settings else None)
+    for_checkpoint(backend, request.checkpoint, choose_device(request.device))
+    return OpenedEvaluation(request, windows, original, model, backend)
+
+
+def _windows(request: EvaluationRequest, record: dict[str, Any] | None) -> Windows:
     if record and request.dataset is None:
-        return _windows_of_the_run(request, record), original
+        return _windows_of_the_run(request, record)
     if request.dataset is None:
         raise InputError(
             f"{request.checkpoint} has no run record ({records.record_path(request.checkpoint).name}) that names a text: "
             "give one with --dataset FILE"
         )
-    evaluation = settings["evaluation"] if settings else {}
+    evaluation = record["config"]["evaluation"] if record else {}
     seqlen = request.seqlen or evaluation.get("seqlen") or DEFAULT_SEQLEN
-    return _cut(request, request.dataset, seqlen, request.samples or evaluation.get("samples")), original
-
-
-def runner(request: EvaluationRequest) -> str | None:
-    """The backend that is asked for, or the run's. InputError: the checkpoint or the device does not allow it."""
-    record = records.read(request.checkpoint)
-    backend = request.backend or (record["config"]["quantization"].get("backend") if record else None)
-    for_checkpoint(backend, request.checkpoint, choose_device(request.device))
-    return backend
+    return _cut(request, request.dataset, seqlen, request.samples or evaluation.get("samples"))
 
 
 def _windows_of_the_run(request: EvaluationRequest, record: dict[str, Any]) -> Windows:

@@ -170,7 +170,8 @@ def evaluate(
 ) -> None:
     """Perplexity of a checkpoint as it lies on disk, and its KL from the original where that is known."""
     with outcome():
-        from flows.evaluation_request import EvaluationRequest, prepare_evaluation, runner
+        from flows.evaluation_request import EvaluationRequest, open_evaluation
+        from tasks.request.handing import handed_on
 
         request = validated(
             EvaluationRequest,
@@ -182,12 +183,11 @@ def evaluate(
             device=device,
             backend=backend,
         )
-        prepare_evaluation(request)
-        runner(request)
+        opened = open_evaluation(request)
         quiet()
         from flows.evaluate import evaluate as flow
 
-        with watched():
+        with watched(), handed_on(opened):
             result = flow(request)
         show_json(result) if as_json else show_rows(result)
 

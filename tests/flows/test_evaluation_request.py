@@ -5,10 +5,11 @@ import shutil
 import pytest
 from pydantic import ValidationError
 
-from flows.evaluation_request import EvaluationRequest, prepare_evaluation, runner
+from flows.evaluation_request import EvaluationRequest, open_evaluation
 from gptq_core.errors import InputError
 from tasks.config.run import from_dict
 from tasks.outcome import record as records
+from tasks.request.handing import handed_on
 from tasks.request.request import Requests
 from tasks.request.texts import save
 
@@ -44,13 +45,13 @@ def run(tiny_llama, corpus, tmp_path, monkeypatch):
 
 
 def windows(out, **asked):
-    return prepare_evaluation(EvaluationRequest(checkpoint=str(out), **asked))[0]
+    return open_evaluation(EvaluationRequest(checkpoint=str(out), **asked)).windows
 
 
 def test_the_windows_of_the_run_are_judged_again_from_anywhere(run, monkeypatch):
     out, data, there = run(seqlen=64)
-    found, original = prepare_evaluation(EvaluationRequest(checkpoint=str(out)))
-    assert found.digest == data["digest"] and original == (str(there / "model"), None)
+    found = open_evaluation(EvaluationRequest(checkpoint=str(out)))
+    assert found.windows.digest == data["digest"] and found.original == str(there / "model")
     (there / "text.txt").write_text("another text")
     assert windows(out).digest == data["digest"], "the file of the run is read, not the text"
     assert windows(out, seqlen=64).digest == data["digest"]
@@ -90,12 +91,21 @@ def test_the_runner_is_the_one_asked_for_or_the_runs(run, monkeypatch):
     out, _, _ = run()
     asked = []
     monkeypatch.setattr("flows.evaluation_request.for_checkpoint", lambda backend, *_rest: asked.append(backend))
-    assert runner(EvaluationRequest(checkpoint=str(out))) is None
+    assert open_evaluation(EvaluationRequest(checkpoint=str(out))).backend is None
     record = records.read(out)
     record["config"]["quantization"]["backend"] = "gptq_marlin"
     records.write(out, record)
-    assert runner(EvaluationRequest(checkpoint=str(out))) == "gptq_marlin"
-    assert runner(EvaluationRequest(checkpoint=str(out), backend="torch")) == "torch"
+    assert open_evaluation(EvaluationRequest(checkpoint=str(out))).backend == "gptq_marlin"
+    assert open_evaluation(EvaluationRequest(checkpoint=str(out), backend="torch")).backend == "torch"
     assert asked == [None, "gptq_marlin", "torch"]
     with pytest.raises(ValidationError, match="did you mean 'gptq_marlin'"):
         EvaluationRequest(checkpoint=str(out), backend="marlyn")
+
+
+def test_what_the_command_line_opened_is_not_opened_again_for_the_same_request(run):
+    out, _, _ = run(seqlen=64)
+    request = EvaluationRequest(checkpoint=str(out))
+    opened = open_evaluation(request)
+    with handed_on(opened):
+        assert open_evaluation(request.model_copy()) is opened
+        assert open_evaluation(request.model_copy(update={"samples": 1})).windows.count == 1
