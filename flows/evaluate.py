@@ -20,7 +20,7 @@ def evaluate(request: EvaluationRequest) -> dict[str, Any]:
         numbers = evaluate_checkpoint(
             request.checkpoint,
             Opaque(opened.windows),
-            opened.model and Opaque(opened.model),
+            Opaque(opened.model) if opened.model else None,
             request.device,
             True,
             Opaque(lambda done, total: advance(done)),

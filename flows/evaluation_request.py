@@ -67,17 +67,17 @@ def open_evaluation(request: EvaluationRequest) -> OpenedEvaluation:
         return found
     if not Path(request.checkpoint).is_dir():
         raise InputError(f"checkpoint {request.checkpoint} is not a folder: give the folder that a quantize run wrote")
-    record = records.read(request.checkpoint)
-    settings, original, revision = record["config"] if record else None, request.model, None
-    if original is None and settings:
-        original, revision = _from_there(record, request.checkpoint, settings["model"]["path"]), settings["model"]["revision"]
-    model = None if original is None else open_model(original, revision)
-    if model:
-        model_limits(model)  # an original that went away is named now, not after the quantized half
+    record, original, revision, backend = records.read(request.checkpoint), request.model, None, request.backend
+    if record:
+        model, backend = record["config"]["model"], backend or record["config"]["quantization"].get("backend")
+        if original is None:
+            original, revision = _from_there(record, request.checkpoint, model["path"]), model["revision"]
+    opened = None if original is None else open_model(original, revision)
+    if opened:
+        model_limits(opened)  # an original that went away is named now, not after the quantized half
     windows = _windows(request, record)
-    backend = request.backend or (settings["quantization"].get("backend") if settings else None)
     for_checkpoint(backend, request.checkpoint, choose_device(request.device))
-    return OpenedEvaluation(request, windows, original, model, backend)
+    return OpenedEvaluation(request, windows, original, opened, backend)
 
 
 def _windows(request: EvaluationRequest, record: dict[str, Any] | None) -> Windows:

@@ -41,13 +41,13 @@ class Reporter(Protocol):
 class Steps:
     """The Prefect tasks of a run; `plain()` are their functions, which ask no server."""
 
-    prepare_dataset: Callable[..., dict[str, Any]] = prepare_dataset
-    allocate: Callable[..., None] = allocate
-    capture_calibration: Callable[..., dict[str, Any]] = capture_calibration
-    quantize_block: Callable[..., dict[str, Any]] = quantize_block
-    assemble: Callable[..., dict[str, Any]] = assemble
-    evaluate: Callable[..., dict[str, Any]] = evaluate
-    measure: Callable[..., list[dict[str, Any]]] = measure
+    prepare_dataset: Callable[..., Any] = prepare_dataset
+    allocate: Callable[..., Any] = allocate
+    capture_calibration: Callable[..., Any] = capture_calibration
+    quantize_block: Callable[..., Any] = quantize_block
+    assemble: Callable[..., Any] = assemble
+    evaluate: Callable[..., Any] = evaluate
+    measure: Callable[..., Any] = measure
 
     @classmethod
     def plain(cls) -> Steps:

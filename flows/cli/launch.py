@@ -64,9 +64,8 @@ def run_sweep(config: Any, as_json: bool) -> None:
         from flows.cli.display import show_sweep
 
         show_sweep(found)
-    error = error or results.objection(found)
-    if error:
-        fail(FAILED, error)
+    if reason := error or results.objection(found):
+        fail(FAILED, reason)
 
 
 def _swept(config: Any) -> tuple[dict[str, Any], Exception | None]:

@@ -46,6 +46,7 @@ def plan(model: Model, config: QuantizeConfig, revision: str | None = None) -> P
     """
     opened = open_model(model, revision)
     folder, decoder = opened.folder, opened.shapes
+    source: Checkpoint
     notes: tuple[str, ...] = ()
     if _only_config(folder):
         source, notes = Presumed(folder, decoder, architecture.own_dtype(opened.config)), (PRESUMED,)

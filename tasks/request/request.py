@@ -100,7 +100,7 @@ class Request:
             secrets.check(value or "")
         tight = fits(config, self.foreseen)
         texts, record = self.texts, records.read(config.out) or {}
-        overlapping = ()
+        overlapping: tuple[str, ...] = ()
         if (record.get("evaluation") or {}).get("measured") != self.measures.key:
             overlapping = self.measures.check(texts.calibration)
         job = self.job
@@ -179,9 +179,10 @@ class Requests:
 
     def placed(self, config: RunConfig) -> RunConfig:
         """`config` with the {key} of its output.dir filled in."""
-        if KEY not in (config.output.dir or ""):
+        folder = config.output.dir or ""
+        if KEY not in folder:
             return config
-        folder = config.output.dir.replace(KEY, Request(config, self).key[:12])
+        folder = folder.replace(KEY, Request(config, self).key[:12])
         return config.model_copy(update={"output": config.output.model_copy(update={"dir": folder})})
 
     def of(self, config: RunConfig) -> Request:

@@ -38,13 +38,17 @@ class State:
     record: dict[str, Any] | None = None
     """A run record; of a screened cell its figures."""
     key: str | None = None
-    request: Request | None = None
-    """What was opened for it; None: its config is invalid."""
+    opened: Request | None = None
+    """Its request; None where its config is invalid."""
+
+    @property
+    def request(self) -> Request:
+        assert self.opened is not None
+        return self.opened
 
     @property
     def config(self) -> RunConfig:
-        assert self.cell.config is not None
-        return self.cell.config
+        return self.request.config
 
 
 # -- what is done ---------------------------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ def examine(config: SweepConfig) -> list[State]:
         if cell.config is None:
             found.append(State(cell, "invalid", cell.error))
             continue
-        state = State(cell, "missing", request=requests.of(cell.config))
+        state = State(cell, "missing", opened=requests.of(cell.config))
         found.append(_examine_exact(state) if config.mode == "exact" else _examine_screening(state, screened))
     return found
 

@@ -46,7 +46,7 @@ def machine(monkeypatch):
 
 
 def done(cell, record):
-    return cells.State(cell, "done", record=record, request=Requests().of(cell.config))
+    return cells.State(cell, "done", record=record, opened=Requests().of(cell.config))
 
 
 def placed(config):
