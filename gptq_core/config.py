@@ -1,8 +1,9 @@
-"""QuantizeConfig: the one frozen schema of a quantization.
+"""QuantizeConfig, the schema of a quantization.
 
-Field names, defaults and rules are those of Optimum's `GPTQQuantizer`, and the keys are the keys of the checkpoint's
-`quantization_config`: nothing is renamed on the way to disk. A config is validated when it is made; an object that exists
-is valid. Rules between fields stand in `QuantizeConfig._between_fields` and nowhere else.
+Names, defaults and rules of the fields are those of Optimum's `GPTQQuantizer`, and the keys are those of the checkpoint's
+`quantization_config`: nothing is renamed on the way to disk. Rules between fields stand in `QuantizeConfig._between_fields`.
+The docstring of a field is its description in the JSON schema, from which config comments, command-line help and
+docs/reference.md are made: its first sentence has to stand alone.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ KERNELS = (
     "gptq_swordfish",
     "gptq_marlin",
 )
-"""GPTQModel's kernels that can run a checkpoint, by their names there."""
+"""GPTQModel's names for its kernels that can run a checkpoint."""
 
 
 def kernel_name(backend: str | None) -> str | None:
-    """The kernel in GPTQModel that a `backend` names; None for this library's own path: None, 'torch', or Optimum's 'auto' and
-    'auto_trainable', which leave the choice to the library. ValueError: neither."""
+    """GPTQModel's name of the kernel that `backend` means, or None for this library's own code: None, 'torch', and Optimum's 'auto'
+    and 'auto_trainable', which leave the choice to the library. Raises ValueError for an unknown backend."""
     backend = backend and backend.lower()
     if backend in (None, "torch", "auto", "auto_trainable"):
         return None
@@ -44,7 +45,7 @@ def kernel_name(backend: str | None) -> str | None:
     if name not in KERNELS:
         near = difflib.get_close_matches(name, KERNELS, n=1, cutoff=0.75)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{hint}known are torch (this library) and GPTQModel's {', '.join(KERNELS)}")
+        raise ValueError(f"{hint}known backends are torch (this library) and GPTQModel's {', '.join(KERNELS)}")
     return name
 
 
@@ -75,7 +76,7 @@ TUNED = {"static_groups": True, "scale_search": "weighted", "refit": True, "desc
 BEST = TUNED | {"target_shift": 1.0, "residual_shift": 0.5}
 MAX = BEST | {"descent": 2, "tuning_steps": 50}
 RECIPES: dict[Any, dict[str, Any]] = {"classic": {}, "tuned": TUNED, "best": BEST, "max": MAX}
-"""What a recipe sets where the config says nothing; the expanded fields are what is logged."""
+"""Fields that a recipe sets where the config does not; run records and MLflow get the expanded fields."""
 
 
 RULE_KEYS = (
@@ -90,96 +91,115 @@ RULE_KEYS = (
     "refit",
     "descent",
 )
-"""What a rule of `dynamic` may set for the linears that it matches."""
+"""Keys that a rule of `dynamic` may change."""
 
 
 class Allocate(Schema):
-    """Widths chosen linear by linear, for the least predicted KL under a budget."""
+    """Choice of a width for every layer, for the least predicted KL under a budget."""
 
     bits: list[Bits]
-    """Widths to choose from, at least two."""
+    """Widths to choose from: at least two of 2, 3, 4 and 8."""
     budget_bpw: float | None = None
-    """Bits a weight on average, over all quantized linears: 3.0 is the size of 3 bits everywhere. Scales and zeros come on top."""
+    """Budget in bits per weight, averaged over all quantized layers: 3.0 is the size of 3 bits everywhere. Scales and zero points come
+    on top."""
     budget_gb: float | None = None
-    """Instead: size of the quantized linears on disk in 1e9 bytes, scales, zeros and g_idx included."""
+    """Budget in GB (1e9 bytes) on disk for the quantized layers, with their scales, zero points and g_idx. Set exactly one of the two
+    budgets."""
 
     @field_validator("bits")
     @classmethod
     def _in_order(cls, value: list[int]) -> list[int]:
         if len(set(value)) < 2:
-            raise ValueError("needs two different widths at least, such as [2, 3, 4, 8]")
+            raise ValueError("needs at least two different widths, such as [2, 3, 4, 8]")
         return sorted(set(value))
 
     @model_validator(mode="after")
     def _one_budget(self) -> Allocate:
         if (self.budget_bpw is None) == (self.budget_gb is None):
-            raise ValueError("one budget is needed: budget_bpw (bits a weight, such as 3.5) or budget_gb (size in 1e9 bytes)")
+            raise ValueError("set exactly one budget: budget_bpw (bits per weight, such as 3.5) or budget_gb (size in 1e9 bytes)")
         if self.budget_bpw is not None and not self.bits[0] <= self.budget_bpw <= self.bits[-1]:
-            raise ValueError(f"budget_bpw = {self.budget_bpw:g}: the widths {self.bits} allow {self.bits[0]} to {self.bits[-1]}")
+            raise ValueError(
+                f"budget_bpw = {self.budget_bpw:g}: must be {self.bits[0]} to {self.bits[-1]}, the range of the widths {self.bits}"
+            )
         return self
 
 
 class QuantizeConfig(Schema):
-    """What is computed for every quantized linear. Defaults are Optimum's."""
+    """Quantization of the layers. Keys and defaults are Optimum's; `recipe` sets further ones."""
 
     bits: Bits
-    """Bits a weight: 2, 3, 4 or 8."""
+    """Bits per weight: 2, 3, 4 or 8."""
     dataset: str | list[str] | list[list[int]] | None = None
-    """Calibration text: a file (.txt, .jsonl, .parquet), a named hub dataset (wikitext2, c4), texts, or rows of token ids."""
+    """Calibration text: a .txt, .jsonl or .parquet file, wikitext2 or c4 from the hub, a list of texts, or a list of rows of token ids.
+    A run needs one."""
     group_size: Annotated[int, Field(strict=True)] = 128
-    """Input columns that share a scale; -1: the whole row. Must divide the input size of every quantized linear."""
+    """Input columns that share one scale; -1: one scale for the whole row. Must divide the input size of every quantized layer. Smaller
+    groups are more accurate and larger on disk; 32, 64 and 128 load everywhere."""
     damp_percent: Damping = 0.1
-    """Share of mean(diag H) added to the diagonal of H. auto: half the input columns of the layer over the tokens that it saw."""
+    """Damping: share of mean(diag H) added to the diagonal of the Hessian H, above 0 and below 1. auto: half the input columns of the
+    layer divided by its calibration tokens, kept between 0.005 and 0.9. Raise it if a Hessian cannot be factored."""
     desc_act: bool = False
-    """Process columns by decreasing diag(H) and let groups follow that order (a non-trivial g_idx on disk)."""
+    """Quantize columns in order of decreasing diag(H) and form the groups in that order. The order is stored as a non-trivial g_idx,
+    which not every program loads; `python -m flows plan` lists them. Excludes static_groups and act_group_aware."""
     act_group_aware: bool = True
-    """Process columns by decreasing diag(H) as far as g_idx stays trivial: with static_groups in that very order, without them whole
-    groups, and the columns inside each. Gives way to desc_act."""
+    """Quantize columns in order of decreasing diag(H) as far as g_idx stays trivial. With static_groups that is the exact order;
+    without, whole groups are ordered, and the columns inside each group. Default: true, or false where desc_act is true."""
     static_groups: bool = False
-    """Fit all scales on the target weights before the sweep, instead of group by group on the conditional targets."""
+    """Fit all scales on the target weights before any column is quantized. false: fit each group when its turn comes, on weights that
+    already compensate earlier columns. Excludes desc_act."""
     sym: bool = True
-    """Zero point fixed at 2^(bits-1). False: a fitted integer zero point a group."""
+    """Symmetric quantization: the zero point is fixed at 2^(bits-1). false: an integer zero point is fitted for each group; then set
+    format: gptq_v2."""
+    """Layout of the zero points on disk: gptq stores zero - 1, gptq_v2 the zero itself. With sym: true gptq loads everywhere; with sym:
+    false choose gptq_v2."""
     true_sequential: bool = True
-    """Layers of a block see the already quantized earlier layers of the same block. False: all see the original ones."""
+    """Calibrate each layer of a block on what the already quantized earlier layers of the block give. false: on what the original
+    layers of the block give."""
     modules_in_block_to_quantize: list[list[str]] | None = None
-    """Names of the linears of a block that are quantized, such as [["self_attn.q_proj"], ["mlp.up_proj"]]; null: all. The inner
-    lists are Optimum's order of work and only joined here: the walk finds the order itself."""
+    """Layers of each block to quantize, such as [["self_attn.q_proj"], ["mlp.up_proj"]]; null: all. The inner lists are Optimum's order
+    of work; they are accepted and joined, and the engine finds the order itself."""
     lm_head: bool = False
-    """Also quantize the output head. Only for a model whose head is not tied to its embeddings."""
+    """Also quantize the output head. Refused for a model whose head is tied to its embeddings."""
     dynamic: dict[str, dict[str, Any]] | None = None
-    """Rules for single linears, in GPTQModel's notation: a regular expression that is matched from the start of the full name, with
-    the keys to change there, such as {"bits": 8}; "-:expression" with {} leaves them unquantized. The first rule that matches decides."""
+    """Rules for single layers in GPTQModel's notation: a regular expression, matched from the start of the full layer name, with the
+    keys to change; "-:" before the expression and {} after it leave the layers unquantized. The first matching rule decides. Example:
+    {".*\\.down_proj": {"bits": 8}, "-:model\\.layers\\.0\\.": {}}."""
     allocate: Allocate | None = None
-    """Choose the width of every linear, fused ones alike, for the least predicted KL under a budget; written as rules of `dynamic`.
-    `bits` is then the width of the linears that no rule names."""
+    """Choose the width of every layer for the least predicted KL under a size budget; the choice is written as rules of dynamic. bits
+    is then the width of layers that no rule names. Example: {bits: [2, 3, 4, 8], budget_bpw: 3.5}."""
     format: Format = "gptq"
     """Layout of the zeros on disk: 'gptq' stores zero - 1, 'gptq_v2' the zero itself."""
     backend: Backend = None
-    """Who runs the quantized linears when the checkpoint is loaded, for evaluation too. None or 'torch': this library, in plain torch;
-    gptq_torch, gptq_marlin, … (or marlin, …): GPTQModel's kernel of that name, where that package is installed."""
+    """Backend for the quantized layers after loading, also in evaluation: torch, or a GPTQModel kernel such as gptq_marlin. null:
+    torch, this library's own code. A kernel needs the package gptqmodel (pip install 'gptq-pipeline[kernels]')."""
     scale_search: Literal["min_max", "weighted"] = "min_max"
-    """Scales from the extremes of a group, or searched for the least error weighted by diag(H); symmetric ones may be negative."""
+    """Search of the scales: min_max takes the extremes of each group; weighted searches the least error weighted by diag(H), where
+    symmetric scales may become negative."""
     refit: bool = False
-    """After the sweep, move every scale to its best value given the codes and all other scales."""
+    """Move every scale to its best value, given the codes and all other scales, once all columns are quantized."""
     descent: Annotated[int, Field(ge=0)] = 0
-    """Passes of coordinate descent after the sweep: every code to its best value given all others, and every scale with refit."""
+    """Passes of coordinate descent once all columns are quantized; 0: none. A pass moves every code, and with refit every scale, to its
+    best value given all others."""
     target_shift: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of what the quantized layers before have changed in a layer's inputs that its target weights make up for; above 0 the
-    original model runs beside the quantized one."""
+    """Share, 0 to 1, of the change that earlier quantized layers caused in the inputs of a layer for which its target weights
+    compensate. Above 0 the original model runs beside the quantized one: a second forward."""
     residual_shift: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """With target_shift: share of the error that stands in the residual stream that the layers which write to it make up for."""
+    """Share, 0 to 1, of the error in the residual stream for which the layers that write to it compensate. Needs target_shift above
+    0."""
     shift_damp_percent: Damping = "auto"
-    """Share of mean(diag H) added to the diagonal of H when targets are shifted. auto: the input columns over the tokens."""
+    """Damping, as damp_percent, of the Hessian that shifts the targets. auto: the input columns of the layer divided by its calibration
+    tokens, kept between 0.005 and 0.9. Without effect where target_shift is 0."""
     tuning_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of gradient descent on the codes and scales of a block, against the outputs of the original block."""
+    """Steps of gradient descent on the codes and scales of a block, towards the outputs of the original block; 0: none. A block that
+    does not improve on held-out windows stays as it was. Needs target_shift above 0 and two calibration windows or more."""
     recipe: Literal["classic", "tuned", "best", "max"] = "tuned"
-    """A named set of defaults for the fields above. classic: the paper's method, option for option as in Optimum and GPTQModel.
-    tuned: static groups, searched and refitted scales, descent. best: also shifted targets, for a second forward. max: also block
-    tuning. All write the same kind of files."""
+    """Named set of defaults for other keys of this section; a key that the config sets wins. classic: the paper's method, option for
+    option as in Optimum and GPTQModel. tuned: static groups, searched and refitted scales, coordinate descent. best: also shifted
+    targets, for a second forward. max: also block tuning. All write the same kind of files."""
     strict: bool = True
-    """A linear that cannot be packed (size not divisible) is an error. False: it is left in its dtype and reported."""
+    """Refuse a layer that cannot be packed because of its size. false: leave it unquantized and report it."""
     on_failure: Literal["error", "round"] = "error"
-    """A Hessian that cannot be factored is an error, or the layer is rounded to nearest; counted and reported."""
+    """Action for a layer whose Hessian cannot be factored: error stops the run, round rounds the layer to nearest and reports it."""
 
     @field_validator("group_size")
     @classmethod
@@ -202,23 +222,27 @@ class QuantizeConfig(Schema):
     @model_validator(mode="after")
     def _between_fields(self) -> QuantizeConfig:
         if self.act_group_aware and self.desc_act:
-            raise ValueError("act_group_aware: true works only with desc_act: false; leave one of them out")
+            raise ValueError("act_group_aware: true excludes desc_act: true; remove one of them")
         if self.static_groups and self.desc_act:
             raise ValueError(
-                "static_groups: true excludes desc_act: true; static groups take act_group_aware: true instead, "
-                "the same order with a g_idx that every consumer loads"
+                "static_groups: true excludes desc_act: true; set act_group_aware: true instead, which processes columns in the same order "
+                "and writes a g_idx that every program loads"
             )
         if self.residual_shift and not self.target_shift:
-            raise ValueError("residual_shift works only with target_shift above 0")
+            raise ValueError(f"residual_shift = {self.residual_shift:g} needs target_shift above 0")
         if self.tuning_steps and not self.target_shift:
             raise ValueError(
-                "tuning_steps works only with target_shift above 0, for which the original model runs beside the quantized one"
+                f"tuning_steps = {self.tuning_steps} needs target_shift above 0: only then the original model runs beside the quantized one"
             )
         if self.allocate and self.bits not in self.allocate.bits:
-            raise ValueError(f"bits = {self.bits}: must be one of allocate.bits {self.allocate.bits}, it is where no rule differs")
+            raise ValueError(
+                f"bits = {self.bits}: must be one of allocate.bits {self.allocate.bits}: it is the width of layers that no rule names"
+            )
         positive = [rule for rule in self.dynamic or {} if not rule.startswith("-:")]
         if self.allocate and positive:
-            raise ValueError(f"allocate writes the rules itself, so of dynamic it takes only '-:' ones: drop {positive[0]!r} or allocate")
+            raise ValueError(
+                f"allocate writes the rules of dynamic itself and allows only '-:' rules beside them: remove {positive[0]!r} or allocate"
+            )
         return self
 
     @model_validator(mode="after")
@@ -229,7 +253,7 @@ class QuantizeConfig(Schema):
             except re.error as error:
                 raise ValueError(f"dynamic: {rule!r} is not a regular expression ({error})") from error
             if rule.startswith("-:") and changes:
-                raise ValueError(f"dynamic: {rule!r} leaves linears out, so it takes no keys; write {{}}")
+                raise ValueError(f"dynamic: {rule!r} leaves layers unquantized, so it takes no keys: write {{}}")
             unknown = [key for key in changes if key not in RULE_KEYS]
             if unknown:
                 raise ValueError(f"dynamic: {rule!r} cannot set {unknown[0]!r}; it can set {', '.join(RULE_KEYS)}")
@@ -241,18 +265,19 @@ class QuantizeConfig(Schema):
         return self
 
     def _changed(self, changes: dict[str, Any]) -> QuantizeConfig:
-        """With a rule's changes, by values alone: equal configs give equal ones. What gave way to desc_act comes back without it."""
+        """This config with the changes of a rule. Depends on values alone, so that equal configs give equal results: defaults that gave
+        way to desc_act return where a rule sets desc_act: false."""
         own = self.model_dump(exclude={"dynamic", "allocate"})
         if "desc_act" in changes:
             own = _beside(own, own)
         return QuantizeConfig.model_validate(_beside(own, changes) | changes)
 
     def rule_for(self, name: str) -> str | None:
-        """The rule of `dynamic` that decides about the linear of this full name."""
+        """The rule of `dynamic` that decides about the layer with this full name, or None."""
         return next((rule for rule in self.dynamic or {} if re.match(expression(rule), name)), None)
 
     def for_linear(self, name: str) -> QuantizeConfig | None:
-        """The config of the linear of this full name, without `dynamic` and `allocate`; None where a rule leaves it out."""
+        """The config of the layer with this full name, without `dynamic` and `allocate`; None if a rule leaves it unquantized."""
         rule = self.rule_for(name)
         if rule is None:
             return self.model_copy(update={"dynamic": None, "allocate": None})
@@ -260,7 +285,7 @@ class QuantizeConfig(Schema):
 
     @property
     def modules(self) -> list[str] | None:
-        """modules_in_block_to_quantize as one list."""
+        """The names in modules_in_block_to_quantize as one list."""
         names = self.modules_in_block_to_quantize
         return None if names is None else [name for group in names for name in group]
 
@@ -270,7 +295,7 @@ class QuantizeConfig(Schema):
 
     @property
     def smallest_zero(self) -> int:
-        """v1 stores zero - 1, so it cannot hold a zero of 0 (the subtraction would borrow from its neighbour)."""
+        """Smallest zero point that `format` can store: gptq stores zero - 1, and for 0 that would borrow from the neighbouring code."""
         return 1 if self.format == "gptq" else 0
 
     def groups_of(self, in_features: int) -> int:
@@ -279,7 +304,7 @@ class QuantizeConfig(Schema):
 
 
 def _beside(defaults: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that can stand beside what was chosen."""
+    """The defaults that do not contradict the chosen values."""
     excluded = {
         "static_groups": _true(chosen.get("desc_act")),
         "act_group_aware": _true(chosen.get("desc_act")),
@@ -290,7 +315,7 @@ def _beside(defaults: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def _true(value: Any) -> bool:
-    """Whether a field would take this value, not validated yet, for true; "true" and 1 are."""
+    """Whether a bool field would read this raw value as true; "true" and 1 are."""
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
@@ -298,5 +323,5 @@ def _true(value: Any) -> bool:
 
 
 def expression(rule: str) -> str:
-    """The regular expression of a `dynamic` rule."""
+    """The regular expression of a `dynamic` rule, without its sign."""
     return rule[2:] if rule.startswith(("-:", "+:")) else rule

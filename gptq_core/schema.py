@@ -1,4 +1,4 @@
-"""The base of every config: frozen, strict about keys, and errors as one line."""
+"""Base class of every config, and validation errors as one line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Schema(BaseModel):
-    """A frozen pydantic model that refuses unknown keys and names the nearest known one."""
+    """A frozen pydantic model. It refuses unknown keys and suggests the nearest known one; docstrings below fields become descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -26,7 +26,7 @@ class Schema(BaseModel):
 
 
 def explain(error: ValidationError, under: str = "") -> str:
-    """A pydantic error as one line: each problem as `key = value: rule`, dotted from `under`."""
+    """A pydantic error as one line: each problem as `key = value: rule`, with dotted keys that start at `under`."""
     problems = []
     for item in error.errors():
         # pydantic puts the branch of a union into the location; users know only the keys

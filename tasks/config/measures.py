@@ -1,4 +1,4 @@
-"""What a checkpoint is measured by beside its held-out text: the schema of `evaluation.measures`, and the presets of configs/measures."""
+"""Schemas of `evaluation.measures`, and the presets of configs/measures."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class PerplexityMeasure(Schema):
-    """Perplexity of a text by the papers' protocol: documents joined with two newlines, windows side by side, mean over their targets."""
+    """Perplexity of a text as the GPTQ papers count it: documents joined by two newlines, adjacent windows, mean over all targets."""
 
     kind: Literal["perplexity"]
+    """Kind of the measure: perplexity."""
     dataset: str
-    """wikitext2, c4, ptb (a local file), or any .txt, .jsonl or .parquet."""
+    """Text: wikitext2 or c4 from the hub, or a .txt, .jsonl or .parquet file."""
     name: str | None = None
-    """What it is called in tables and in MLflow; null: the text's."""
+    """Name in tables and in MLflow; null: the name of the text."""
     seqlen: Annotated[int, Field(ge=2)] = 2048
-    """Tokens in a window; cut to what the model allows."""
+    """Tokens per window; cut to the limit of the model."""
     samples: Positive | None = None
-    """At most this many windows; null: all of the text."""
+    """Maximum number of windows, spread evenly over the text; null: all."""
 
     @property
     def label(self) -> str:
@@ -36,28 +37,29 @@ class PerplexityMeasure(Schema):
 
 
 class TasksMeasure(Schema):
-    """Tasks of lm-eval, zero-shot or with examples, on the checkpoint and on the original, question by question."""
+    """Tasks of lm-eval, run on the checkpoint and on the original and compared question by question."""
 
     kind: Literal["tasks"]
+    """Kind of the measure: tasks."""
     tasks: Annotated[list[str], Field(min_length=1)]
-    """Names of tasks or groups, lm-eval's own (their data come from the hub) or those of `include`."""
+    """Names of tasks or groups: lm-eval's own, whose data come from the hub, or those of include."""
     include: str | None = None
-    """Folder with task YAMLs of one's own; their data files are found beside them. Functions that they name are run."""
+    """Folder with your own task YAMLs, their data files beside them; null: none. Python functions that the YAMLs name are executed."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """Examples before each question; null: as the task says."""
+    """Examples before each question; null: as the task defines."""
     limit: Positive | None = None
-    """Questions of each task; null: all."""
+    """Maximum number of questions per task; null: all."""
     batch_size: Positive = 8
-    """Questions in one forward."""
+    """Questions per forward pass."""
     seed: Annotated[int, Field(ge=0)] = 1234
-    """Of the choice of examples, and of whatever else a task draws."""
+    """Seed for the choice of examples and other random draws of a task."""
 
 
 Measure = Annotated[PerplexityMeasure | TasksMeasure, Field(discriminator="kind")]
 
 
 def _expanded(value: Any) -> Any:
-    """A list of measures in which names of presets, YAML files and texts are replaced by what they mean."""
+    """Replace names of presets, YAML files and texts in a list of measures by the measures that they stand for."""
     if not isinstance(value, list):
         return value
     return [_preset(entry) if isinstance(entry, str) else entry for entry in value]
@@ -71,12 +73,14 @@ def _preset(name: str) -> Any:
     if not path.is_file():
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{name!r} is no preset: {hint}known are {', '.join(known)}; or give a text, a YAML, or a measure in place")
+        raise ValueError(
+            f"{name!r} is not a preset: {hint}known presets are {', '.join(known)}; or give a text file, a YAML file, or a measure in place"
+        )
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    # a preset's own files belong to the checkout, wherever the command is called
+    # paths in a preset are relative to the checkout, wherever the command is called
     if path.parent == PRESETS and isinstance(found, dict):
         for key in ("include", "dataset"):
             if key in found and not Path(found[key]).exists() and (ROOT / found[key]).exists():
@@ -84,5 +88,5 @@ def _preset(name: str) -> Any:
     return found
 
 
-# the form of Prefect's page and its check of parameters know names too
+# the JSON schema, and with it Prefect's form and parameter check, accepts names too
 Measures = Annotated[list[Measure], BeforeValidator(_expanded, json_schema_input_type=list[Measure | str])]

@@ -1,4 +1,4 @@
-"""Settings that stand in no file: `env:NAME` in a config is a variable of the environment, `block:NAME` a Prefect Secret block."""
+"""References to secrets, so that no config holds one: `env:NAME` is an environment variable, `block:NAME` a Prefect Secret block."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 from gptq_core.errors import InputError
 
-FORMS = "env:NAME (a variable of the environment) or block:NAME (a Prefect Secret block)"
+FORMS = "env:NAME (an environment variable) or block:NAME (a Prefect Secret block)"
 
 
 def is_reference(value: str) -> bool:
+    """Whether `value` has the form env:NAME or block:NAME."""
     return bool(re.fullmatch(r"env:[A-Za-z_]\w*|block:[\w.-]+", value, re.ASCII))
 
 
 def resolve(value: str) -> str:
-    """What a reference stands for; any other value as it is. InputError: nothing stands there. No message holds what was found."""
+    """The secret that a reference names; any other value unchanged. Raises InputError for a missing or empty one. No message shows it."""
     if not is_reference(value):
         return value
     kind, _, name = value.partition(":")
@@ -25,7 +26,7 @@ def resolve(value: str) -> str:
         raise InputError(
             f"{value}: "
             + (
-                f"the environment has no {name}; set it where the run is started"
+                f"the environment variable {name} is not set or empty; set it where the run is started"
                 if kind == "env"
                 else f"the Secret block {name} is empty; give it a value"
             )
@@ -34,7 +35,7 @@ def resolve(value: str) -> str:
 
 
 def check(value: str) -> None:
-    """What can be told without a server: the variable is there."""
+    """Check as far as possible without a server: raises InputError for an environment variable that is not set."""
     if value.startswith("env:"):
         resolve(value)
 
@@ -46,8 +47,8 @@ def _block(name: str) -> str:
     try:
         secret: Any = Secret.load(name)
         return str(secret.get() or "")
-    except (ValueError, RuntimeError, httpx.HTTPError) as error:  # not there, or Prefect does not answer
+    except (ValueError, RuntimeError, httpx.HTTPError) as error:  # no such block, or Prefect does not answer
         raise InputError(
-            f"block:{name} cannot be loaded ({type(error).__name__}): make a Secret block of that name in the Prefect "
+            f"block:{name} cannot be loaded ({type(error).__name__}): create a Secret block of that name on the Prefect "
             "server that the run uses"
         ) from error

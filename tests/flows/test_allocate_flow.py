@@ -101,7 +101,10 @@ def test_widths_are_chosen_once_and_recorded(args, chosen, tmp_path, monkeypatch
     ("setting", "said"),
     [
         ("quantization.allocate={bits: [2, 4], budget_gb: 5}", "quantization.allocate.budget_gb = 5: the quantized linears take"),
-        ("quantization.allocate={bits: [2, 4], budget_bpw: 5}", "quantization.allocate: budget_bpw = 5: the widths [2, 4] allow 2 to 4"),
+        (
+            "quantization.allocate={bits: [2, 4], budget_bpw: 5}",
+            "quantization.allocate: budget_bpw = 5: must be 2 to 4, the range of the widths [2, 4]",
+        ),
         ("output.profile=portable", "output.profile = 'portable' excludes quantization.allocate"),
         ("quantization.dynamic={a: {bits: 8}}", "allocate writes the rules itself"),
     ],

@@ -58,7 +58,7 @@ def test_a_taken_port_is_told_with_the_remedy(home, option):
         ("mlruns", "--store mlruns: must be sqlite:///FILE.db"),
         ("http://127.0.0.1:5000", "is a server already; give the database"),
         ("sqlite:///gone/mlflow.db", "gone is no folder; make it"),
-        ("env:GONE_STORE", "the environment has no GONE_STORE"),
+        ("env:GONE_STORE", "the environment variable GONE_STORE is not set"),
         ("postgres://me:hidden@host", "--store postgres://me:***@host: must be"),
     ],
 )

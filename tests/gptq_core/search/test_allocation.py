@@ -234,15 +234,15 @@ def test_better_than_uniform_on_the_embedded_model(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"allocate": {"bits": [3, 3], "budget_bpw": 3}}, "allocate.bits = [3, 3]: needs two different widths"),
+        ({"allocate": {"bits": [3, 3], "budget_bpw": 3}}, "allocate.bits = [3, 3]: needs at least two different widths"),
         ({"allocate": {"bits": [3, 5], "budget_bpw": 3}}, "allocate.bits.1 = 5"),
-        ({"allocate": {"bits": [3, 4]}}, "one budget is needed"),
-        ({"allocate": {"bits": [3, 4], "budget_bpw": 3.5, "budget_gb": 1}}, "one budget is needed"),
-        ({"allocate": {"bits": [4, 3], "budget_bpw": 2.9}}, "budget_bpw = 2.9: the widths [3, 4] allow 3 to 4"),
-        ({"allocate": {"bits": [3, 4], "budget_bpw": 4.1}}, "budget_bpw = 4.1: the widths [3, 4] allow 3 to 4"),
+        ({"allocate": {"bits": [3, 4]}}, "set exactly one budget"),
+        ({"allocate": {"bits": [3, 4], "budget_bpw": 3.5, "budget_gb": 1}}, "set exactly one budget"),
+        ({"allocate": {"bits": [4, 3], "budget_bpw": 2.9}}, "budget_bpw = 2.9: must be 3 to 4, the range of the widths [3, 4]"),
+        ({"allocate": {"bits": [3, 4], "budget_bpw": 4.1}}, "budget_bpw = 4.1: must be 3 to 4, the range of the widths [3, 4]"),
         ({"allocate": {"bits": [3, 4], "budget": 3.5}}, "did you mean 'budget_gb'?"),
         ({"allocate": {"bits": [4, 8], "budget_bpw": 5}}, "bits = 3: must be one of allocate.bits [4, 8]"),
-        ({"allocate": {"bits": [3, 4], "budget_bpw": 3.5}, "dynamic": {"a": {"bits": 8}}}, "allocate writes the rules itself"),
+        ({"allocate": {"bits": [3, 4], "budget_bpw": 3.5}, "dynamic": {"a": {"bits": 8}}}, "allocate writes the rules of dynamic itself"),
     ],
 )
 def test_refused_in_one_line(fields, says):

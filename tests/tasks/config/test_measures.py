@@ -66,7 +66,7 @@ def test_names_files_and_measures_in_place_mean_the_same(tmp_path):
         ([{"kind": "tasks", "tasks": []}], "tasks"),
         ([{"tasks": ["a"]}], "kind"),
         ([{"kind": "tasks", "tasks": ["a"], "shots": 3}], "shots"),
-        (["none.yaml"], "'none.yaml' is no preset"),
+        (["none.yaml"], "'none.yaml' is not a preset"),
         ([{"kind": "perplexity", "dataset": "a.txt", "seqlen": 1}], "seqlen"),
         ("arc_easy", "list"),
     ],
@@ -125,6 +125,6 @@ def test_a_runner_that_is_not_installed_is_told_and_each_runner_is_other_work():
 
 def test_a_gate_on_recovery_needs_tasks():
     gated = BASE | {"gate": {"min_recovery": 0.9}}
-    with pytest.raises(InputError, match="needs the scores of tasks"):
+    with pytest.raises(InputError, match="needs task scores"):
         from_dict(gated | {"evaluation": {"measures": ["text.txt"]}})
     assert from_dict(gated | {"evaluation": {"measures": ["embedded_choice"]}}).gate.min_recovery == 0.9

@@ -154,13 +154,13 @@ def test_flat_holds_every_key_and_only_counts_texts():
         ({"gate.alias": "champion"}, "gate: no limit is set: set one of max_perplexity_increase, max_kl"),
         ({"gate.max_lk": 1}, "did you mean 'max_kl'"),
         ({"gate.max_gb": 1, "gate.measure": "perplexity"}, "gate.measure = 'perplexity'"),
-        ({"gate.max_gb": 1, "gate.alias": "v3"}, "gate.alias = 'v3': is MLflow's own word"),
+        ({"gate.max_gb": 1, "gate.alias": "v3"}, "gate.alias = 'v3': is a name that MLflow reserves"),
         ({"gate.max_gb": 1, "gate.alias": "a b"}, "gate.alias = 'a b'"),
         ({"gate.max_gb": 1, "gate.register_as": "a/b"}, "gate.register_as = 'a/b'"),
         ({"gate.max_kl": 1, "evaluation.kl": False}, "gate.max_kl = 1 needs the KL: set evaluation.kl: true"),
         ({"gate.max_gb": 1, "evaluation.kl": False}, "gate.measure = 'kl' needs the KL"),
-        ({"gate.min_recovery": 0.9}, "gate.min_recovery = 0.9 needs the scores of tasks"),
-        ({"notify.seconds": 3}, "notify: nobody is told: set command or webhook"),
+        ({"gate.min_recovery": 0.9}, "gate.min_recovery = 0.9 needs task scores"),
+        ({"notify.seconds": 3}, "notify: no target is set: set command or webhook, or remove the section"),
         ({"notify.webhook": "hooks.example/x"}, "notify: webhook must be http(s)://HOST/..., or env:NAME"),
         ({"notify.webhook": "env:1x"}, "notify: webhook must be"),
         ({"notify.command": "true", "notify.when": []}, "notify.when = []"),
@@ -233,7 +233,7 @@ def test_webhooks_that_hold_no_secret(webhook):
 
 def test_the_tracking_uri_may_stand_in_the_environment(monkeypatch):
     config = from_dict(LEAST, {"tracking.uri": "env:GPTQ_TEST_STORE"})
-    with pytest.raises(InputError, match="the environment has no GPTQ_TEST_STORE"):
+    with pytest.raises(InputError, match="the environment variable GPTQ_TEST_STORE is not set"):
         _ = config.tracking.address
     monkeypatch.setenv("GPTQ_TEST_STORE", "postgresql://user:s3cret@host/db")
     assert config.tracking.address == "postgresql://user:s3cret@host/db"

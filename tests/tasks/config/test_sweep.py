@@ -79,7 +79,7 @@ def test_an_invalid_combination_is_a_cell_with_its_reason_and_the_others_stand()
         ({"runner": "ray", "mode": "screening"}, "runner: local"),
         ({"choose": {"rule": "best_within_size"}}, "max_gb"),
         ({"max_parallel": 0}, "greater than 0"),
-        ({"exclude": [{"bitz": 3}]}, "no axis of the grid"),
+        ({"exclude": [{"bitz": 3}]}, "not an axis of the grid"),
         ({"runner": "ray", "max_parallel": 2}, "runner: local"),
         ({"base": BASE | {"model": {"path": "m", "device": "cuda:1"}}}, r"devices: \['1'\]"),
         ({"base": BASE | {"output": "x"}}, "sections"),

@@ -116,7 +116,7 @@ def test_a_command_need_not_read():
 
 def test_a_variable_that_is_not_there_is_named():
     found = notify(NotifyConfig(webhook="env:GPTQ_TEST_NOT_SET"), ["done"], CONTENT)
-    assert "env:GPTQ_TEST_NOT_SET: the environment has no GPTQ_TEST_NOT_SET" in found["webhook"]["error"]
+    assert "env:GPTQ_TEST_NOT_SET: the environment variable GPTQ_TEST_NOT_SET is not set" in found["webhook"]["error"]
 
 
 def test_a_prefect_block_holds_the_address(prefect_server):
@@ -127,4 +127,4 @@ def test_a_prefect_block_holds_the_address(prefect_server):
         assert notify(NotifyConfig(webhook="block:gptq-test-hook"), ["done"], CONTENT)["webhook"]["error"] is None
         assert bodies[0][0] == "/from-a-block"
     gone = notify(NotifyConfig(webhook="block:gptq-test-none"), ["done"], CONTENT)["webhook"]["error"]
-    assert "block:gptq-test-none cannot be loaded" in gone and "make a Secret block" in gone
+    assert "block:gptq-test-none cannot be loaded" in gone and "create a Secret block" in gone
