@@ -7,7 +7,8 @@ from prefect import flow
 
 from flows import progress
 from flows.artifacts import Board
-from flows.evaluation_request import EvaluationRequest, open_evaluation
+from flows.evaluation_request import open_evaluation
+from tasks.config.evaluation import EvaluationRequest
 from tasks.steps.evaluate import evaluate as evaluate_checkpoint
 from tasks.steps.opaque import Opaque
 

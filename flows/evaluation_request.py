@@ -1,4 +1,4 @@
-"""The request of `evaluate`, and how its text and its original are found. No Prefect here: a wrong request must not wait for a server."""
+"""Finds the held-out text, the original model and the backend of an EvaluationRequest, without Prefect: a wrong request needs no server."""
 
 from __future__ import annotations
 
@@ -6,41 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptq_core.config import Backend
 from gptq_core.data.tokenizer import load_tokenizer, model_limits
 from gptq_core.data.windows import Windows, evaluation_windows
 from gptq_core.errors import InputError
 from gptq_core.inference.backends import for_checkpoint
 from gptq_core.model.architecture import choose_device
 from gptq_core.model.opened import OpenedModel, open_model
-from gptq_core.schema import Schema
-from tasks.config.run import Device, Judged, Positive, from_dict
+from tasks.config.evaluation import EvaluationRequest
+from tasks.config.run import from_dict
 from tasks.outcome import record as records
 from tasks.request.handing import handed
 from tasks.request.request import Requests
 
 DEFAULT_SEQLEN = 2048
-
-
-class EvaluationRequest(Schema):
-    checkpoint: str
-    """Folder of a quantized checkpoint."""
-    dataset: str | None = None
-    """Text file or named dataset; null: the evaluation text of the run that made the checkpoint."""
-    model: str | None = None
-    """The original, to compare with; null: the one of the run record, where there is one."""
-    seqlen: Judged | None = None
-    """Tokens in a window; null: as in the run, or 2048; cut to what the model allows. Only as in the run where the text is the tail."""
-    samples: Positive | None = None
-    """At most this many windows; null: as in the run, or all."""
-    device: Device = "auto"
-    """cpu, cuda or cuda:N; auto: cuda where there is one."""
-    backend: Backend = None
-    """Who runs the quantized linears, as quantization.backend; null: as in the run."""
-
-    @property
-    def name(self) -> str:
-        return Path(self.checkpoint).resolve().name
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def _damping(value: Any) -> float | str:
     return share
 
 
-Damping = Annotated[float | str, PlainValidator(_damping)]
+# the type that Prefect's form and the reference page show
+Damping = Annotated[float | str, PlainValidator(_damping, json_schema_input_type=Annotated[float, Field(gt=0, lt=1)] | Literal["auto"])]
 
 
 TUNED = {"static_groups": True, "scale_search": "weighted", "refit": True, "descent": 1}
@@ -148,10 +149,8 @@ class QuantizeConfig(Schema):
     """Fit all scales on the target weights before any column is quantized. false: fit each group when its turn comes, on weights that
     already compensate earlier columns. Excludes desc_act."""
     sym: bool = True
-    """Symmetric quantization: the zero point is fixed at 2^(bits-1). false: an integer zero point is fitted for each group; then set
-    format: gptq_v2."""
-    """Layout of the zero points on disk: gptq stores zero - 1, gptq_v2 the zero itself. With sym: true gptq loads everywhere; with sym:
-    false choose gptq_v2."""
+    """Symmetric quantization, with the zero point fixed at 2^(bits-1); false: an integer zero point fitted for each group, for which
+    gptq_v2 is the better format."""
     true_sequential: bool = True
     """Calibrate each layer of a block on what the already quantized earlier layers of the block give. false: on what the original
     layers of the block give."""
@@ -163,12 +162,13 @@ class QuantizeConfig(Schema):
     dynamic: dict[str, dict[str, Any]] | None = None
     """Rules for single layers in GPTQModel's notation: a regular expression, matched from the start of the full layer name, with the
     keys to change; "-:" before the expression and {} after it leave the layers unquantized. The first matching rule decides. Example:
-    {".*\\.down_proj": {"bits": 8}, "-:model\\.layers\\.0\\.": {}}."""
+    {'.*\\.down_proj': {bits: 8}, '-:model\\.layers\\.0\\.': {}}."""
     allocate: Allocate | None = None
     """Choose the width of every layer for the least predicted KL under a size budget; the choice is written as rules of dynamic. bits
     is then the width of layers that no rule names. Example: {bits: [2, 3, 4, 8], budget_bpw: 3.5}."""
     format: Format = "gptq"
-    """Layout of the zeros on disk: 'gptq' stores zero - 1, 'gptq_v2' the zero itself."""
+    """Layout of the zero points on disk: gptq stores zero - 1, gptq_v2 the zero itself. With sym: true gptq loads everywhere; with
+    sym: false choose gptq_v2."""
     backend: Backend = None
     """Backend for the quantized layers after loading, also in evaluation: torch, or a GPTQModel kernel such as gptq_marlin. null:
     torch, this library's own code. A kernel needs the package gptqmodel (pip install 'gptq-pipeline[kernels]')."""

@@ -45,7 +45,7 @@ class ModelConfig(Schema):
     names no type counts as stored in bfloat16. Evaluation does not follow this key: it runs in float32 on a CPU and in the stored type
     on a GPU; GPTQModel's kernels and vLLM choose their own."""
     device: Device = "auto"
-    """Device to compute on: auto, cpu, cuda or cuda:N. auto: the first GPU, or the CPU where there is none."""
+    """Device to compute on: cpu, cuda, cuda:N or auto, which is the first GPU, or the CPU where there is none."""
 
 
 class CalibrationConfig(Schema):
@@ -160,7 +160,7 @@ class GateConfig(Schema):
     """Limits that a run must keep."""
 
     max_perplexity_increase: Share | None = None
-    """Largest relative increase of perplexity over the original: 0.05 is 5 %."""
+    """Largest relative increase of perplexity over the original: 0.05 is 5%."""
     max_kl: Above | None = None
     """Largest KL(original || quantized) per token in nats. Needs evaluation.kl: true."""
     min_recovery: Share | None = None

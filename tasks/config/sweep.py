@@ -44,7 +44,7 @@ class ChoiceConfig(Schema):
     base.gate, or without a gate max_perplexity_increase. best_within_size: the best cell by measure among those that are no larger than
     max_gb and pass base.gate where one is set."""
     max_perplexity_increase: Annotated[float, Field(ge=0)] = 0.05
-    """Largest relative increase of perplexity for smallest_within_gate where base.gate is not set: 0.05 is 5 % above the original."""
+    """Largest relative increase of perplexity for smallest_within_gate where base.gate is not set: 0.05 is 5% above the original."""
     max_gb: Annotated[float, Field(gt=0)] | None = None
     """Largest size of a checkpoint in GB (1e9 bytes), for best_within_size."""
     measure: Literal["kl", "perplexity"] = "kl"
@@ -73,7 +73,8 @@ class SweepConfig(Schema):
     out."""
     mode: Literal["exact", "screening"] = "exact"
     """How cells are judged: exact runs every cell and writes its checkpoint; screening judges all cells in one pass through the
-    original model, without checkpoints. Use screening for a first choice: its numbers are approximate and never registered."""
+    original model, without checkpoints. Use screening for a first choice: it does not see what shifted targets and block tuning give,
+    and its cells are never registered."""
     max_parallel: Positive | None = None
     """Maximum number of cells at a time; null: as many as devices, cores and the planned memory allow."""
     threads: Positive | None = None
@@ -81,8 +82,8 @@ class SweepConfig(Schema):
     devices: list[str] | None = None
     """GPUs by number, such as ["0", "1"], or ["cpu"]; null: all GPUs, or the CPU where there is none."""
     runner: Literal["local", "ray"] = "local"
-    """Where cells run: local, in processes on this machine, or ray, on a Ray cluster whose nodes see the same paths (pip install
-    'gptq-pipeline[ray]')."""
+    """Where cells run: local, in processes on this machine, or ray, on a Ray cluster whose nodes see the same paths. ray needs
+    pip install 'gptq-pipeline[ray]'."""
     ray_address: str | None = None
     """Address of the Ray cluster (ray://HOST:10001); null: a cluster on this machine. Only with runner: ray."""
     limits: LimitsConfig = LimitsConfig()

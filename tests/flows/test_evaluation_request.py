@@ -5,8 +5,9 @@ import shutil
 import pytest
 from pydantic import ValidationError
 
-from flows.evaluation_request import EvaluationRequest, open_evaluation
+from flows.evaluation_request import open_evaluation
 from gptq_core.errors import InputError
+from tasks.config.evaluation import EvaluationRequest
 from tasks.config.run import from_dict
 from tasks.outcome import record as records
 from tasks.request.handing import handed_on
