@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test test-services install clean
+.PHONY: help demo test test-services reference install clean
 
 help:
 	@echo "make demo      install, then quantize the embedded model, evaluate and track it"
 	@echo "make test      install, then run the tests"
 	@echo "make test-services   the tests with real servers, workers and a Ray cluster"
+	@echo "make reference rewrite what is made from the config schemas: comments of configs/, docs/reference.md"
 	@echo "make install   make .venv and install the project into it"
 	@echo "make clean     remove .venv and caches; runs and mlflow.db stay"
 	@echo "PYTHON=python3.12 make ...   choose the interpreter"
@@ -22,6 +23,9 @@ test: install
 
 test-services: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "services and not kills"
+
+reference: install
+	$(BIN)/python -m tasks.config.reference
 
 install: $(STAMP)
 

@@ -12,6 +12,11 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from flows.serving import dead_runs
 from flows.serving.deployments import read
+from gptq_core.config import Allocate, QuantizeConfig
+from tasks.config.evaluation import EvaluationRequest
+from tasks.config.measures import TasksMeasure
+from tasks.config.run import ModelConfig
+from tasks.config.sweep import LimitsConfig, SweepConfig
 
 
 def call(*args):
@@ -21,7 +26,7 @@ def call(*args):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "prefect.yaml cannot be read: No such file or directory; start it in the checkout, or give --file"),
+        (None, "prefect.yaml cannot be read: No such file or directory; run the command in the checkout, or give --file"),
         ("deployments: [", "is not valid YAML"),
         ("deployments: []", "deployments = []: list should have at least 1 item"),
         ("deployments: [{name: a}]", "entrypoint is required"),
@@ -30,7 +35,7 @@ def call(*args):
             "deployments: [{name: a, entrypoint: b.c, concurrency_limit: {limit: 1, collision_strategy: WAIT}}]",
             "collision_strategy = 'WAIT'",
         ),
-        ("deployments: [{name: b, entrypoint: b.c}]", "--name a: prefect.yaml has no such deployment; it has b"),
+        ("deployments: [{name: b, entrypoint: b.c}]", "--name a: prefect.yaml has no such deployment; known are b"),
     ],
 )
 def test_a_wrong_file_is_one_line_and_exit_2(tmp_path, monkeypatch, text, said):
@@ -53,6 +58,27 @@ def test_names_choose(request):
     assert [row.name for row in read(file)] == ["nightly-quantize", "weekly-sweep"]
     assert [row.name for row in read(file, ["weekly-sweep"])] == ["weekly-sweep"]
     assert read(file)[0].schedules[0].timezone == "UTC" and read(file)[0].concurrency_limit.collision_strategy == "CANCEL_NEW"
+
+
+def test_the_form_in_prefect_s_ui_shows_the_descriptions():
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.evaluate import evaluate
+    from flows.quantize import quantize
+    from flows.sweep import sweep
+
+    shown = {
+        (quantize, "ModelConfig", "dtype"): ModelConfig,
+        (quantize, "QuantizeConfig", "bits"): QuantizeConfig,
+        (quantize, "Allocate", "budget_gb"): Allocate,
+        (quantize, "TasksMeasure", "num_fewshot"): TasksMeasure,
+        (sweep, "LimitsConfig", "memory_gb"): LimitsConfig,
+        (sweep, "SweepConfig", "grid"): SweepConfig,
+        (evaluate, "EvaluationRequest", "backend"): EvaluationRequest,
+    }
+    for (flow, name, key), schema in shown.items():
+        found = parameter_schema(flow).model_dump()["definitions"][name]["properties"][key]
+        assert found["description"] == schema.model_fields[key].description, (name, key)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only where there is /proc")
