@@ -1,18 +1,20 @@
-"""The commands. Everything heavy is imported inside them: the help page and a wrong key answer at once."""
+"""The commands. They import everything heavy themselves, so that the help and a wrong key answer at once."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from flows.cli import report
 from flows.cli.launch import FAILED, fail, outcome, quiet, run, run_sweep, watched
 
 app = typer.Typer(
     help="Quantize Hugging Face causal language models with GPTQ: one command from a model to an evaluated, tracked checkpoint.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 75 the output is held by another run, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 75 another run holds the output, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,19 +23,36 @@ app = typer.Typer(
 )
 app.add_typer(report.app, name="report")
 
-Out = Annotated[Path | None, typer.Option(help="Folder of the checkpoint. Default: output.dir.", show_default=False)]
+
+class KeyHelp(TyperCommand):
+    """A command whose options on config keys take their help from the schemas, which are imported only when help is printed.
+
+    {section.key} in the help of an option stands for the first sentence of the description of the key.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.markup import escape
+
+        from tasks.config.reference import help_of
+
+        for parameter in self.params:
+            parameter.help = re.sub(r"\{([a-z_.]+)\}", lambda found: escape(help_of(found[1])), getattr(parameter, "help", None) or "")
+        super().format_help(ctx, formatter)
+
+
+Out = Annotated[Path | None, typer.Option(help="{output.dir}", show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint of another config that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="{output.overwrite}")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set any key of the config; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
 def option(kind: Any, help: str, names: tuple[str, ...] = (), panel: str = "Common keys") -> Any:
-    """An option that is None unless given, so that it overrides the file only then."""
+    """An option that is None unless given, so that only then it overrides the config. {section.key} in its help: see KeyHelp."""
     return Annotated[kind | None, typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)]
 
 
-@app.command()
+@app.command(cls=KeyHelp)
 def demo(out: Out = None, set_: Set = None, overwrite: Overwrite = False) -> None:
     """Quantize the embedded model: no hub, no settings, less than a minute."""
     with outcome():
@@ -42,27 +61,27 @@ def demo(out: Out = None, set_: Set = None, overwrite: Overwrite = False) -> Non
         run(demo_config(settings(set_, {"output.dir": str(out) if out else None, "output.overwrite": overwrite or None})))
 
 
-@app.command()
+@app.command(cls=KeyHelp)
 def quantize(
-    config: Annotated[Path | None, typer.Argument(help="YAML of the run; see configs/quantize.yaml.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(help="Config of the run, such as configs/quantize.yaml.", show_default=False)] = None,
     set_: Set = None,
     out: Out = None,
     overwrite: Overwrite = False,
-    model: option(str, "Folder of the model, or its id on the hub.") = None,
-    dataset: option(str, "Calibration text: .txt, .jsonl, .parquet, wikitext2 or c4.") = None,
-    bits: option(int, "Bits a weight: 2, 3, 4 or 8.") = None,
-    group_size: option(int, "Columns that share a scale; -1: the whole row.") = None,
-    format: option(str, "gptq or gptq_v2.") = None,
-    sym: option(bool, "Zero point fixed, or fitted a group.", ("--sym/--asym",)) = None,
-    desc_act: option(bool, "Columns by decreasing activation, or as they are.", ("--desc-act/--no-desc-act",)) = None,
-    damp_percent: option(float, "Share of the mean diagonal added to the Hessian.") = None,
-    samples: option(int, "Windows of calibration text.", panel="Text") = None,
-    seqlen: option(int, "Tokens in a window, of calibration and evaluation.", panel="Text") = None,
-    seed: option(int, "Seed of the choice of windows.", panel="Text") = None,
-    eval_dataset: option(str, "Held-out text. Default: the end of the calibration text.", panel="Text") = None,
-    device: option(str, "cpu, cuda, cuda:N or auto.") = None,
+    model: option(str, "{model.path}") = None,
+    dataset: option(str, "{quantization.dataset}") = None,
+    bits: option(int, "{quantization.bits}") = None,
+    group_size: option(int, "{quantization.group_size}") = None,
+    format: option(str, "{quantization.format}") = None,
+    sym: option(bool, "{quantization.sym}", ("--sym/--asym",)) = None,
+    desc_act: option(bool, "{quantization.desc_act}", ("--desc-act/--no-desc-act",)) = None,
+    damp_percent: option(float, "{quantization.damp_percent}") = None,
+    samples: option(int, "{calibration.samples}", panel="Text") = None,
+    seqlen: option(int, "{calibration.seqlen} Sets calibration.seqlen and evaluation.seqlen.", panel="Text") = None,
+    seed: option(int, "{calibration.seed}", panel="Text") = None,
+    eval_dataset: option(str, "{evaluation.dataset}", panel="Text") = None,
+    device: option(str, "{model.device}") = None,
 ) -> None:
-    """Quantize a model as CONFIG says; options and [bold]--set[/bold] override it, or stand alone."""
+    """Quantize a model by CONFIG; options and [bold]--set[/bold] override it, or replace it."""
     with outcome():
         from tasks.config.run import from_dict, load
 
@@ -92,11 +111,11 @@ def quantize(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML of the run; see configs/quantize.yaml.", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="Config of the run, such as configs/quantize.yaml.", show_default=False)],
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a run would make, who will load it and what it takes: from the model's headers, nothing is computed or written."""
+    """Estimate size, memory and time of a run, and who will load its result, from the headers of the model alone."""
     with outcome():
         from gptq_core.model.opened import open_model
         from tasks.config.run import load
@@ -126,20 +145,20 @@ def plan(
             show_plan(found, short)
 
 
-@app.command()
+@app.command(cls=KeyHelp)
 def sweep(
-    config: Annotated[Path, typer.Argument(help="YAML of a sweep (see configs/sweep.yaml), or of a run.", show_default=False)],
-    grid: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="An axis of the grid; may be repeated.")] = None,
+    config: Annotated[Path, typer.Argument(help="Config of a sweep, such as configs/sweep.yaml, or of a run.", show_default=False)],
+    grid: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="Axis of the grid; may be repeated.")] = None,
     set_: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the sweep. Default: dir.", show_default=False)] = None,
-    mode: option(str, "exact, or screening: all cells from one pass, without checkpoints.", panel="Options") = None,
-    max_parallel: option(int, "Cells at a time.", panel="Options") = None,
-    runner: option(str, "local, or ray.", panel="Options") = None,
-    address: option(str, "Of the Ray cluster.", panel="Options") = None,
+    out: Annotated[Path | None, typer.Option(help="{sweep.dir}", show_default=False)] = None,
+    mode: option(str, "{sweep.mode}", panel="Options") = None,
+    max_parallel: option(int, "{sweep.max_parallel}", panel="Options") = None,
+    runner: option(str, "{sweep.runner}", panel="Options") = None,
+    address: option(str, "{sweep.ray_address}", panel="Options") = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run many configurations beside each other and recommend one: --grid bits=3,4 --grid group_size=32,128."""
+    """Run many configurations in parallel and recommend one: --grid bits=3,4 --grid group_size=32,128."""
     with outcome():
         from tasks.config.sweep import load_sweep, parse_axis
 
@@ -157,20 +176,21 @@ def sweep(
         run_sweep(load_sweep(config, dict(parse_axis(axis) for axis in grid or []), overrides), as_json)
 
 
-@app.command()
+@app.command(cls=KeyHelp)
 def evaluate(
     checkpoint: Checkpoint,
-    dataset: option(str, "Held-out text. Default: that of the run that made the checkpoint.", panel="Options") = None,
-    model: option(str, "The original to compare with. Default: that of the run.", panel="Options") = None,
-    seqlen: option(int, "Tokens in a window.", panel="Options") = None,
-    samples: option(int, "At most this many windows.", panel="Options") = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
-    backend: option(str, "Who runs the linears: torch, or a kernel of GPTQModel. Default: as in the run.", panel="Options") = None,
+    dataset: option(str, "{evaluate.dataset}", panel="Options") = None,
+    model: option(str, "{evaluate.model}", panel="Options") = None,
+    seqlen: option(int, "{evaluate.seqlen}", panel="Options") = None,
+    samples: option(int, "{evaluate.samples}", panel="Options") = None,
+    device: Annotated[str, typer.Option(help="{evaluate.device}")] = "auto",
+    backend: option(str, "{evaluate.backend}", panel="Options") = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a checkpoint as it lies on disk, and its KL from the original where that is known."""
+    """Perplexity of a checkpoint, and its KL from the original model if that is known."""
     with outcome():
-        from flows.evaluation_request import EvaluationRequest, open_evaluation
+        from flows.evaluation_request import open_evaluation
+        from tasks.config.evaluation import EvaluationRequest
         from tasks.request.handing import handed_on
 
         request = validated(
@@ -194,7 +214,7 @@ def evaluate(
 
 @app.command()
 def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
-    """Format, bits, groups and sizes of a checkpoint, and a table of its layers."""
+    """Print format, bits, groups and sizes of a checkpoint, and a table of its layers."""
     with outcome():
         from gptq_core.checkpoint.inspection import inspect_checkpoint
 
@@ -209,7 +229,7 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 
 @app.command()
 def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help="New folder.", show_default=False)]) -> None:
-    """Write a quantized checkpoint back as a dense one, for tools that do not read GPTQ."""
+    """Convert a quantized checkpoint into a dense one, for tools that do not read GPTQ."""
     with outcome():
         from gptq_core.inference.dequantize import dequantize_checkpoint
 
@@ -219,12 +239,10 @@ def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help=
 @app.command()
 def track_pending(
     outbox: Annotated[Path, typer.Option(help="Folder of the notes: tracking.outbox of the runs.")] = Path("runs/outbox"),
-    uri: option(
-        str, "Address of the store now, where it is not the one of the runs; env:NAME: it stands in the environment.", panel="Options"
-    ) = None,
+    uri: option(str, "MLflow tracking URI to log to, or env:NAME. Default: that of each run.", panel="Options") = None,
     as_json: AsJson = False,
 ) -> None:
-    """Log to MLflow, and register there, what it did not take when runs and sweeps ended."""
+    """Log to MLflow, and register there, the runs and sweeps that it did not take when they ended."""
     with outcome():
         quiet()
         from tasks.tracking.replay import replay
@@ -235,17 +253,17 @@ def track_pending(
         if waiting:
             fail(
                 FAILED,
-                f"{len(waiting)} of {len(found)} stay in {outbox}; the first, {waiting[0]['path'] or waiting[0]['entry']}: "
+                f"{len(waiting)} of {len(found)} stay in {outbox}; the first is {waiting[0]['path'] or waiting[0]['entry']}: "
                 f"{waiting[0]['why']}",
             )
 
 
 @app.command()
 def serve(
-    file: Annotated[Path, typer.Option(help="Where the deployments are described.")] = Path("prefect.yaml"),
+    file: Annotated[Path, typer.Option(help="File with the deployments.")] = Path("prefect.yaml"),
     name: Annotated[list[str] | None, typer.Option(help="Serve only this deployment; may be repeated.", show_default=False)] = None,
 ) -> None:
-    """Run the deployments of prefect.yaml on their schedules, without a worker, until interrupted. Needs a Prefect server that stays."""
+    """Run the deployments of prefect.yaml on their schedules, without a worker, until interrupted. Needs a permanent Prefect server."""
     with outcome():
         from flows.serving.deployments import read, server
 
@@ -261,15 +279,15 @@ def serve(
 
 @app.command()
 def ui(
-    prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Of Prefect's page; 0: any that is free.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Of MLflow's page; 0: any that is free.")] = 5000,
-    store: Annotated[str, typer.Option(help="MLflow's database: what tracking.uri of the runs names.")] = "sqlite:///mlflow.db",
-    demo: Annotated[bool, typer.Option("--demo", help="Also run the sweep of configs/sweep.yaml; what is done is not done again.")] = False,
-    password: Annotated[bool, typer.Option("--password/--no-password", help="Off: whoever is on this machine may use both.")] = True,
+    prefect_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the Prefect UI; 0 picks a free one.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the MLflow UI; 0 picks a free one.")] = 5000,
+    store: Annotated[str, typer.Option(help="MLflow database: the tracking.uri of the runs.")] = "sqlite:///mlflow.db",
+    demo: Annotated[bool, typer.Option("--demo", help="Also run the cells of configs/sweep.yaml that are missing.")] = False,
+    password: Annotated[bool, typer.Option("--password/--no-password", help="Off: every user of this machine has access.")] = True,
 ) -> None:
-    """Prefect's and MLflow's pages, for this machine alone and with a password, until Ctrl-C, which stops both.
+    """Serve the Prefect and MLflow UIs on this machine, with a password, until Ctrl-C.
 
-    The password is kept in flows-ui.auth in Prefect's folder; PREFECT_SERVER_API_AUTH_STRING=user:password sets another.
+    The password is in flows-ui.auth in Prefect's folder; PREFECT_SERVER_API_AUTH_STRING=user:password sets another.
     """
     with outcome():
         from flows.demo import demo_sweep
@@ -279,13 +297,14 @@ def ui(
 
 
 def settings(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, and `--set` on top of them."""
+    """Overrides by dotted key: the options that were given, and `--set` on top of them."""
     from tasks.config.run import parse_setting
 
     return {key: value for key, value in options.items() if value is not None} | dict(parse_setting(pair) for pair in pairs or [])
 
 
 def validated(schema: Any, **values: Any) -> Any:
+    """An object of `schema`; an InputError of one line if the values are invalid."""
     from pydantic import ValidationError
 
     from gptq_core.errors import InputError

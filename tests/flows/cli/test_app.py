@@ -1,14 +1,17 @@
 """The command line up to the point where Prefect starts: what is wrong is said in one line, at once."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from flows.cli.app import app
+from flows.cli.app import KeyHelp, app
 from gptq_core.errors import OutputHeldError
+from tasks.config.reference import help_of
 
 
 def call(*args):
@@ -160,3 +163,88 @@ def test_json_is_nothing_but_json(monkeypatch):
     found = {"path": "x", "layers": []}
     monkeypatch.setattr("gptq_core.checkpoint.inspection.inspect_checkpoint", lambda path: found)
     assert json.loads(call("inspect", "x", "--json").stdout) == found
+
+
+# -- options on config keys -------------------------------------------------------------------------------------------------
+
+
+def options_on_keys():
+    """Command, option and the keys that its help names, as in {quantization.bits}."""
+    for name, command in typer.main.get_command(app).commands.items():
+        for option in command.params:
+            if keys := re.findall(r"\{([a-z_.]+)\}", getattr(option, "help", None) or ""):
+                yield name, option, keys
+
+
+def test_the_help_of_an_option_is_what_the_schema_says_of_its_key():
+    found = list(options_on_keys())
+    assert {name for name, *_ in found} == {"demo", "quantize", "sweep", "evaluate"} and len(found) > 25
+    for name, option, keys in found:
+        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "400"}).stdout
+        assert all(f" {help_of(key)} " in shown for key in keys), (name, option.name)
+    groups = typer.main.get_command(app).commands
+    assert all(isinstance(groups[name], KeyHelp) for name, *_ in found)
+
+
+SET = [
+    ("quantize", "--out there", "output.dir", "there"),
+    ("quantize", "--overwrite", "output.overwrite", True),
+    ("quantize", "--model there", "model.path", "there"),
+    ("quantize", "--dataset there", "quantization.dataset", "there"),
+    ("quantize", "--bits 4", "quantization.bits", 4),
+    ("quantize", "--group-size 64", "quantization.group_size", 64),
+    ("quantize", "--format gptq_v2", "quantization.format", "gptq_v2"),
+    ("quantize", "--asym", "quantization.sym", False),
+    ("quantize", "--desc-act", "quantization.desc_act", True),
+    ("quantize", "--damp-percent 0.2", "quantization.damp_percent", 0.2),
+    ("quantize", "--samples 3", "calibration.samples", 3),
+    ("quantize", "--seqlen 7", "calibration.seqlen", 7),
+    ("quantize", "--seqlen 7", "evaluation.seqlen", 7),
+    ("quantize", "--seed 5", "calibration.seed", 5),
+    ("quantize", "--eval-dataset there", "evaluation.dataset", "there"),
+    ("quantize", "--device cpu", "model.device", "cpu"),
+    ("sweep", "--out there", "sweep.dir", "there"),
+    ("sweep", "--mode screening", "sweep.mode", "screening"),
+    ("sweep", "--max-parallel 3", "sweep.max_parallel", 3),
+    ("sweep", "--runner ray", "sweep.runner", "ray"),
+    ("sweep", "--runner ray --address ray://h:1", "sweep.ray_address", "ray://h:1"),
+    ("sweep", "--overwrite", "output.overwrite", True),
+    ("evaluate", "--dataset there", "evaluate.dataset", "there"),
+    ("evaluate", "--model there", "evaluate.model", "there"),
+    ("evaluate", "--seqlen 7", "evaluate.seqlen", 7),
+    ("evaluate", "--samples 3", "evaluate.samples", 3),
+    ("evaluate", "--device cpu", "evaluate.device", "cpu"),
+    ("evaluate", "--backend torch", "evaluate.backend", "torch"),
+]
+
+
+def test_every_option_on_a_key_is_tried():
+    assert {(name, key) for name, *_, key, _ in SET} >= {
+        (name, key) for name, _, keys in options_on_keys() if name != "demo" for key in keys
+    }
+
+
+@pytest.mark.parametrize(("name", "words", "key", "value"), SET)
+def test_an_option_sets_the_key_that_its_help_names(name, words, key, value, broken, monkeypatch):
+    (broken / "run.yaml").write_text("model: {path: good}\nquantization: {bits: 3, group_size: 32, dataset: good.txt}\n")
+    seen = []
+
+    def keep(config, *_rest):
+        seen.append(config)
+        raise OutputHeldError("far enough")
+
+    for place in ("flows.cli.app.run", "flows.cli.app.run_sweep", "flows.evaluation_request.prepare_evaluation"):
+        monkeypatch.setattr(place, keep)
+    start = {"quantize": ["run.yaml"], "sweep": ["run.yaml", "--grid", "group_size=32,64"], "evaluate": ["good"]}[name]
+    result = call(name, *start, *words.split())
+    assert result.exit_code == 75, result.output
+    [config] = seen
+    section, _, leaf = key.partition(".")
+    if section == name or section == "sweep":
+        assert getattr(config, leaf) == value
+    else:
+        sections = config.base if name == "sweep" else config.model_dump()
+        assert sections[section][leaf] == value
+    flag = next(word for word in reversed(words.split()) if word.startswith("--"))
+    [keys] = [keys for command, option, keys in options_on_keys() if command == name and flag in (*option.opts, *option.secondary_opts)]
+    assert keys == [key] or flag == "--seqlen"
