@@ -59,6 +59,11 @@ def test_the_windows_of_the_run_are_judged_again_from_anywhere(run, monkeypatch)
     assert windows(out, samples=1).count == 1
 
 
+def test_an_original_that_is_named_is_compared_with(run, tiny_llama):
+    out, _, there = run(seqlen=64)
+    assert open_evaluation(EvaluationRequest(checkpoint=str(out), model=str(tiny_llama))).original == str(tiny_llama) != str(there / "model")
+
+
 def test_without_the_file_the_same_tail_is_cut_or_none(run):
     out, data, there = run(seqlen=64)
     shutil.rmtree(records.beside(out, ".work"))
@@ -92,13 +97,16 @@ def test_the_runner_is_the_one_asked_for_or_the_runs(run, monkeypatch):
     out, _, _ = run()
     asked = []
     monkeypatch.setattr("flows.evaluation_request.for_checkpoint", lambda backend, *_rest: asked.append(backend))
+    devices = []
+    monkeypatch.setattr("flows.evaluation_request.choose_device", devices.append)
     assert open_evaluation(EvaluationRequest(checkpoint=str(out))).backend is None
     record = records.read(out)
     record["config"]["quantization"]["backend"] = "gptq_marlin"
     records.write(out, record)
     assert open_evaluation(EvaluationRequest(checkpoint=str(out))).backend == "gptq_marlin"
     assert open_evaluation(EvaluationRequest(checkpoint=str(out), backend="torch")).backend == "torch"
-    assert asked == [None, "gptq_marlin", "torch"]
+    assert open_evaluation(EvaluationRequest(checkpoint=str(out), device="cuda:1")).backend == "gptq_marlin"
+    assert asked == [None, "gptq_marlin", "torch", "gptq_marlin"] and devices == ["auto", "auto", "auto", "cuda:1"]
     with pytest.raises(ValidationError, match="did you mean 'gptq_marlin'"):
         EvaluationRequest(checkpoint=str(out), backend="marlyn")
 

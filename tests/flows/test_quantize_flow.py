@@ -128,6 +128,14 @@ def test_nothing_that_differs_between_runs_is_in_the_checkpoint(done, home, args
     assert first.keys() == second.keys() and [name for name in first if first[name] != second[name]] == []
 
 
+def test_without_kl_only_the_perplexity_is_measured(done, home, args):
+    plain = [home / "plain" if arg == home / "out" else arg for arg in args]
+    assert call(*plain, "--set", "evaluation.kl=false").exit_code == 0
+    numbers = records.read(home / "plain")["evaluation"]
+    assert numbers["kl"] is None and numbers["top1_agreement"] is None
+    assert numbers["quantized_perplexity"] == records.read(home / "out")["evaluation"]["quantized_perplexity"]
+
+
 def test_a_checkpoint_of_another_config_is_replaced_only_when_asked_to(done, home, args):
     old = home / "replaced"
     shutil.copytree(home / "out", old)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.serving import dead_runs
-from flows.serving.deployments import read
+from flows.serving.deployments import read, runner_deployment
 from gptq_core.config import Allocate, QuantizeConfig
 from tasks.config.evaluation import EvaluationRequest
 from tasks.config.measures import TasksMeasure
@@ -58,6 +58,21 @@ def test_names_choose(request):
     assert [row.name for row in read(file)] == ["nightly-quantize", "weekly-sweep"]
     assert [row.name for row in read(file, ["weekly-sweep"])] == ["weekly-sweep"]
     assert read(file)[0].schedules[0].timezone == "UTC" and read(file)[0].concurrency_limit.collision_strategy == "CANCEL_NEW"
+
+
+def test_every_key_of_a_deployment_reaches_prefect(tmp_path):
+    path = tmp_path / "prefect.yaml"
+    path.write_text(
+        "deployments:\n- {name: mine, entrypoint: flows.evaluate.evaluate, description: words, tags: [a], enforce_parameter_schema: false,"
+        " concurrency_limit: {limit: 2, collision_strategy: ENQUEUE}, parameters: {request: {checkpoint: here}},"
+        " schedules: [{cron: '1 2 3 4 *', timezone: Europe/Berlin, active: false}]}\n"
+    )
+    made = runner_deployment(read(path)[0])
+    assert (made.name, made.entrypoint, made.description, made.tags) == ("mine", "flows.evaluate.evaluate", "words", ["a"])
+    assert (made.enforce_parameter_schema, made.parameters) == (False, {"request": {"checkpoint": "here"}})
+    assert made.concurrency_limit == 2 and made.concurrency_options.collision_strategy == "ENQUEUE"
+    [when] = made.schedules
+    assert (when.schedule.cron, when.schedule.timezone, when.active) == ("1 2 3 4 *", "Europe/Berlin", False)
 
 
 def test_the_form_in_prefect_s_ui_shows_the_descriptions():

@@ -17,6 +17,7 @@ from gptq_core.inference.evaluation import load_for_evaluation
 from gptq_core.model.opened import open_model
 from gptq_core.run.engine import Quantization
 from tasks.config.run import from_dict
+from tasks.evaluation import lm_eval_harness
 from tasks.evaluation.scores import Measures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +101,26 @@ def test_perplexity_is_what_transformers_computes_on_the_same_windows(config, ho
     assert row["quantized"] == pytest.approx(math.exp(sum(losses) / 20), rel=1e-4)
     assert (row["name"], row["metric"], row["higher_is_better"], row["count"]) == ("corpus", "perplexity", False, 20)
     assert row["recovery"] == row["original"] / row["quantized"] and "20 windows of 48 tokens" in row["protocol"]
+
+
+def test_examples_seed_and_batch_size_reach_lm_eval(config, home, monkeypatch):
+    import lm_eval
+
+    [row] = measured(config(own(home, "pairs", num_fewshot=2, limit=4)))
+    assert ", 2-shot" in row["protocol"] and row["count"] == 4
+    calls = []
+
+    def stop(model, **keys):
+        calls.append(keys)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(lm_eval_harness, "load_model", lambda model, **keys: calls.append(keys["batch_size"]))
+    monkeypatch.setattr(lm_eval, "simple_evaluate", stop)
+    wanted = config(own(home, "pairs", num_fewshot=3, seed=7) | {"batch_size": 5})
+    _, [failed] = Measures(wanted, open_model(wanted.model.path)).run()
+    size, keys = calls
+    assert "far enough" in failed
+    assert size == 5 and keys["num_fewshot"] == 3 and {value for key, value in keys.items() if key.endswith("seed")} == {7}
 
 
 def test_scores_are_those_of_lm_eval_by_itself(config, home, tiny_llama):

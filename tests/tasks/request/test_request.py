@@ -6,6 +6,7 @@ import tasks.request.request
 from gptq_core.errors import InputError
 from tasks.config.run import from_dict, parse_setting
 from tasks.request.request import Requests
+from tasks.steps.allocate import allocate
 from tasks.steps.evaluate import evaluate
 from tasks.steps.opaque import Opaque
 
@@ -32,6 +33,35 @@ def test_the_revision_reaches_the_model(config, monkeypatch):
     monkeypatch.setattr(tasks.request.request, "open_model", lambda *where: seen.append(where) or right(*where))
     check(config)
     assert seen == [(config.model.path, "v1.2")]
+
+
+def test_dtype_and_device_reach_the_engine_and_the_dtype_names_other_work(config, monkeypatch):
+    seen, right = [], tasks.request.request.Quantization.open
+    keys = set()
+
+    def spy(*args, **kwargs):
+        seen.append((kwargs["dtype"], kwargs["device"]))
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(tasks.request.request.Quantization, "open", spy)
+    for dtype in ("float32", "bfloat16", "float16"):
+        with Requests().of(changed(config, "model", dtype=dtype, device="cpu")) as request:
+            request.check()
+            keys.add(request.key)
+    assert seen == [("float32", "cpu"), ("bfloat16", "cpu"), ("float16", "cpu")] and len(keys) == 3
+
+
+def test_dtype_and_device_reach_the_choice_of_widths(config, monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def seen(*_args, **kwargs):
+        raise SeenError(kwargs["dtype"], kwargs["device"])
+
+    monkeypatch.setattr("gptq_core.search.allocation.allocate", seen)
+    with pytest.raises(SeenError) as caught:
+        allocate.fn(Opaque(Requests().of(changed(config, "model", dtype="float16", device="cpu"))), Opaque(None))
+    assert caught.value.args == ("float16", "cpu")
 
 
 @pytest.mark.parametrize("rule", ["{bits: 8, desc_act: true}", "{desc_act: 'true', bits: 8.0}", "{static_groups: false}"])

@@ -135,6 +135,32 @@ def test_a_gate_judges_screened_cells_too(sweep, base):
     assert found["recommended"]["name"] == two[1].name and "gate" in found["recommended"]["rule"]
 
 
+@pytest.mark.parametrize(
+    ("choose", "chosen"),
+    [
+        ({"max_perplexity_increase": 0.05}, 1),
+        ({"max_perplexity_increase": 0.5}, 0),
+        ({"rule": "best_within_size", "max_gb": 1}, 2),
+        ({"rule": "best_within_size", "max_gb": 1, "measure": "perplexity"}, 3),
+        ({"rule": "best_within_size", "max_gb": 25e-9, "measure": "perplexity"}, 1),
+    ],
+)
+def test_every_key_of_choose_decides(sweep, choose, chosen):
+    config = sweep(choose=choose)
+    #        perplexity, KL, bytes
+    figures = [(14.0, 0.4, 10), (10.4, 0.3, 20), (10.3, 0.1, 30), (10.2, 0.2, 40)]
+    records = [
+        {
+            "evaluation": {"kl": kl, "original_perplexity": 10.0, "quantized_perplexity": perplexity, "top1_agreement": 0.9},
+            "seconds": 1.0,
+            "assembly": {"bytes": size, "bits_per_weight": 3.2},
+        }
+        for perplexity, kl, size in figures
+    ]
+    states = [done(cell, record) for cell, record in zip(config.expanded(), records, strict=True)]
+    assert results.result(config, states, [], 0.0)["recommended"]["name"] == states[chosen].cell.name
+
+
 def test_a_damaged_cell_is_told_and_stops_no_other(sweep):
     config = sweep()
     folder = config.folder / "bits=3"
