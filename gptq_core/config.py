@@ -152,8 +152,8 @@ class QuantizeConfig(Schema):
     """Symmetric quantization, with the zero point fixed at 2^(bits-1); false: an integer zero point fitted for each group, for which
     gptq_v2 is the better format."""
     true_sequential: bool = True
-    """Calibrate each layer of a block on what the already quantized earlier layers of the block give. false: on what the original
-    layers of the block give."""
+    """Calibrate each layer of a block on inputs from the already quantized earlier layers of that block; false: on inputs from the
+    original layers."""
     modules_in_block_to_quantize: list[list[str]] | None = None
     """Layers of each block to quantize, such as [["self_attn.q_proj"], ["mlp.up_proj"]]; null: all. The inner lists are Optimum's order
     of work; they are accepted and joined, and the engine finds the order itself."""
@@ -181,14 +181,14 @@ class QuantizeConfig(Schema):
     """Passes of coordinate descent once all columns are quantized; 0: none. A pass moves every code, and with refit every scale, to its
     best value given all others."""
     target_shift: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share, 0 to 1, of the change that earlier quantized layers caused in the inputs of a layer for which its target weights
-    compensate. Above 0 the original model runs beside the quantized one: a second forward."""
+    """How far the target weights of a layer compensate for the change that earlier quantized layers caused in its inputs, from 0 (not)
+    to 1 (fully). Above 0 the original model runs beside the quantized one: a second forward."""
     residual_shift: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share, 0 to 1, of the error in the residual stream for which the layers that write to it compensate. Needs target_shift above
-    0."""
+    """How far layers that write to the residual stream also compensate for its error, from 0 (not) to 1 (fully). Needs target_shift
+    above 0."""
     shift_damp_percent: Damping = "auto"
-    """Damping, as damp_percent, of the Hessian that shifts the targets. auto: the input columns of the layer divided by its calibration
-    tokens, kept between 0.005 and 0.9. Without effect where target_shift is 0."""
+    """Damping of the Hessian, as damp_percent, when target weights are computed for target_shift. auto: the input columns of the layer
+    divided by its calibration tokens, kept between 0.005 and 0.9. Without effect where target_shift is 0."""
     tuning_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of gradient descent on the codes and scales of a block, towards the outputs of the original block; 0: none. A block that
     does not improve on held-out windows stays as it was. Needs target_shift above 0 and two calibration windows or more."""

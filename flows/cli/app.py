@@ -54,7 +54,7 @@ def option(kind: Any, help: str, names: tuple[str, ...] = (), panel: str = "Comm
 
 @app.command(cls=KeyHelp)
 def demo(out: Out = None, set_: Set = None, overwrite: Overwrite = False) -> None:
-    """Quantize the embedded model: no hub, no settings, less than a minute."""
+    """Quantize the embedded model, offline and without settings, in less than a minute."""
     with outcome():
         from flows.demo import demo_config
 

@@ -160,16 +160,17 @@ class GateConfig(Schema):
     """Limits that a run must keep."""
 
     max_perplexity_increase: Share | None = None
-    """Largest relative increase of perplexity over the original: 0.05 is 5%."""
+    """Largest allowed increase of perplexity, relative to the original: 0.05 is 5%."""
     max_kl: Above | None = None
-    """Largest KL(original || quantized) per token in nats. Needs evaluation.kl: true."""
+    """Largest allowed KL(original || quantized) per token in nats. Needs evaluation.kl: true."""
     min_recovery: Share | None = None
-    """Smallest ratio of scores, quantized over original, of the task that loses most; 1: no loss. Needs tasks in
+    """Smallest allowed ratio of scores, quantized over original, of the task that loses most; 1: no loss. Needs tasks in
     evaluation.measures."""
     max_gb: Above | None = None
-    """Largest size of the checkpoint's tensor files in GB (1e9 bytes)."""
+    """Largest allowed size of the checkpoint's tensor files in GB (1e9 bytes)."""
     max_fallback_layers: Annotated[int, Field(ge=0)] | None = None
-    """Largest number of layers rounded to nearest (quantization.on_failure: round) or left unquantized (quantization.strict: false)."""
+    """Largest allowed number of layers rounded to nearest (quantization.on_failure: round) or left unquantized (quantization.strict:
+    false)."""
     measure: Literal["kl", "perplexity_increase"] = "kl"
     """Number that must be lower than that of the registered version which holds the alias: kl or perplexity_increase."""
     alias: Annotated[str, Field(pattern=r"^[\w-]+$")] = "champion"

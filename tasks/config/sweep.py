@@ -44,9 +44,10 @@ class ChoiceConfig(Schema):
     base.gate, or without a gate max_perplexity_increase. best_within_size: the best cell by measure among those that are no larger than
     max_gb and pass base.gate where one is set."""
     max_perplexity_increase: Annotated[float, Field(ge=0)] = 0.05
-    """Largest relative increase of perplexity for smallest_within_gate where base.gate is not set: 0.05 is 5% above the original."""
+    """Largest allowed increase of perplexity for smallest_within_gate where base.gate is not set, relative to the original: 0.05 is
+    5%."""
     max_gb: Annotated[float, Field(gt=0)] | None = None
-    """Largest size of a checkpoint in GB (1e9 bytes), for best_within_size."""
+    """Largest allowed size of a checkpoint in GB (1e9 bytes), for best_within_size."""
     measure: Literal["kl", "perplexity"] = "kl"
     """Measure of quality, for the Pareto front and for best_within_size: kl, KL(original || quantized) per token, or perplexity."""
 
