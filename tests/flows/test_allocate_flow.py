@@ -106,7 +106,7 @@ def test_widths_are_chosen_once_and_recorded(args, chosen, tmp_path, monkeypatch
             "quantization.allocate: budget_bpw = 5: must be 2 to 4, the range of the widths [2, 4]",
         ),
         ("output.profile=portable", "output.profile = 'portable' excludes quantization.allocate"),
-        ("quantization.dynamic={a: {bits: 8}}", "allocate writes the rules itself"),
+        ("quantization.dynamic={a: {bits: 8}}", "allocate writes the rules of dynamic itself"),
     ],
 )
 def test_refused_before_any_work(args, chosen, tmp_path, setting, said):
