@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ Outcome = dict[str, Any]
 """{"status": done | failed | invalid | held | memory | time | ended, "error": line or None, "attempts": n, "seconds": s, "result": ...}."""
 INHERITED = "inherited"
 """A device that the surroundings have chosen already, as Ray does by CUDA_VISIBLE_DEVICES."""
+COMMAND = (sys.executable, "-m", "tasks.sweep.worker")
 AGAIN = ("died",)
 """Ends of an attempt after which another one may go better: not what the engine refuses, nor a limit."""
 
@@ -28,9 +29,9 @@ AGAIN = ("died",)
 class Worker:
     """A process of tasks.sweep.worker on one device. Started with its first job, and again after a job that failed."""
 
-    def __init__(self, device: str, log: Path, threads: int = 1, folder: str | None = None) -> None:
+    def __init__(self, device: str, log: Path, threads: int = 1, folder: str | None = None, command: Sequence[str] = COMMAND) -> None:
         """folder: the working directory, to which the paths of jobs are relative; None: that of this process."""
-        self.device, self.log, self.threads, self.folder = device, log, threads, folder
+        self.device, self.log, self.threads, self.folder, self.command = device, log, threads, folder, command
         self._process: subprocess.Popen[str] | None = None
         self._retired = False
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -89,7 +90,7 @@ class Worker:
             self._begin = log.tell()
             # a session of its own: Ctrl-C at the terminal is for the parent, which tells it
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.sweep.worker"],
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
