@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
@@ -13,15 +14,18 @@ import torch
 from browser import MISSING, executable
 from jaxtyping import install_import_hook
 
-# shapes and dtypes of the engine's signatures are checked in every test; before anything imports the engine
-install_import_hook("gptq_core", "beartype.beartype")
-
 # Triton's kernels run on the GPU where there is one, else in its interpreter; it looks when it is first imported, and torch imports it
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+# The hook compiles what it instruments in every process, and with it each library that is first imported meanwhile:
+# transformers comes before, from its bytecode, which saves seconds.
+importlib.import_module("transformers.modeling_utils")
+# Shapes and dtypes of the engine's signatures are checked in every test; before anything imports the engine.
+install_import_hook("gptq_core", "beartype.beartype")
 
 # started in the background of a script, SIGINT is ignored, and so it would be by every process that a test starts and interrupts
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
