@@ -1,6 +1,6 @@
-"""Telling a person how far a run is: bars on a terminal, plain lines elsewhere, Prefect's logger when nobody watches.
+"""Report how far a run is: bars on a terminal, plain lines elsewhere, Prefect's logger in a flow without either.
 
-A flow takes only what Prefect can store, so the one who watches is found through a context variable.
+A flow takes only what Prefect can store, so the reporter is found through a context variable.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
+
+from tasks.progress import Advance
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +26,8 @@ class Reporter:
         get_run_logger().info(text)
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]:
-        """A stage of the run; yields a callback `(steps done, what was done last)`."""
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """A stage of the run; yields the callback for its progress."""
 
         def advance(done: int, text: str = "") -> None:
             if text:
@@ -54,7 +56,7 @@ class Bars(Lines):
         self.console = console
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]:
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = [SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(bar_width=32)]
@@ -75,13 +77,13 @@ _watching: ContextVar[Reporter | None] = ContextVar("watching", default=None)
 
 
 def reporter() -> Reporter:
-    """Who watches this run; Prefect's logger if nobody does."""
+    """The reporter of this run; Prefect's logger by default."""
     return _watching.get() or Reporter()
 
 
 @contextmanager
 def watched_by(watcher: Reporter) -> Iterator[None]:
-    """Report what runs inside to `watcher`."""
+    """Make `watcher` the reporter of what runs inside."""
     token = _watching.set(watcher)
     try:
         yield
