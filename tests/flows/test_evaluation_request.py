@@ -61,7 +61,9 @@ def test_the_windows_of_the_run_are_judged_again_from_anywhere(run, monkeypatch)
 
 def test_an_original_that_is_named_is_compared_with(run, tiny_llama):
     out, _, there = run(seqlen=64)
-    assert open_evaluation(EvaluationRequest(checkpoint=str(out), model=str(tiny_llama))).original == str(tiny_llama) != str(there / "model")
+    assert (
+        open_evaluation(EvaluationRequest(checkpoint=str(out), model=str(tiny_llama))).original == str(tiny_llama) != str(there / "model")
+    )
 
 
 def test_without_the_file_the_same_tail_is_cut_or_none(run):
