@@ -23,20 +23,6 @@ LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Linears that vLLM and SGLang run as one, by the name of the whole."""
 
-CARRIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Files of the source folder that belong to the model as much as its weights do."""
-
 
 def code_version() -> str:
     try:

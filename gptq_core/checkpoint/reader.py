@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptq_core.checkpoint.carried import PATTERNS
 from gptq_core.errors import CorruptCheckpointError, InputError
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +41,9 @@ def resolve(path_or_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+        wanted = ["*.safetensors", *PATTERNS]
+        found = snapshot_download(path_or_id, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"])
+        return Path(found)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

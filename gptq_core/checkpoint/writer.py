@@ -159,12 +159,14 @@ class OutputFolder:
     def write_text(self, file: str, text: str) -> None:
         self._commit(file, text.encode())
 
-    def copy(self, source: Path) -> None:
-        self._commit(source.name, source.read_bytes())
+    def copy(self, folder: Path, path: Path) -> None:
+        """Copy a file of `folder`, by its path in it."""
+        replace_file(self.partial / path, folder / path)
 
     def publish(self, summary: Mapping[str, object]) -> dict[str, Any]:
         """Write the last manifest line, with every file's size and sha256, and rename the folder to its final name."""
-        names = sorted(path.name for path in self.partial.iterdir() if path.name not in (MANIFEST, "README.md"))
+        paths = (path.relative_to(self.partial).as_posix() for path in self.partial.rglob("*") if path.is_file())
+        names = sorted(name for name in paths if name not in (MANIFEST, "README.md"))
         shards = {r["file"]: r["sha256"] for r in self.records if "file" in r}
         record = {
             "kind": "complete",
@@ -200,11 +202,14 @@ class OutputFolder:
         replace_file(self.partial / name, data)
 
 
-def replace_file(path: Path, content: bytes | dict[str, Tensor]) -> None:
-    """Put bytes, or tensors as safetensors, at a path so that a reader or a crash sees the old file or the new one."""
+def replace_file(path: Path, content: bytes | dict[str, Tensor] | Path) -> None:
+    """Put bytes, tensors as safetensors, or a copy of a file at a path so that a reader or a crash sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, dict):
         safetensors.torch.save_file(content, temporary, {"format": "pt"})
+    elif isinstance(content, Path):
+        shutil.copyfile(content, temporary)  # in pieces
     else:
         temporary.write_bytes(content)
     os.chmod(temporary, 0o644)  # safetensors writes 0600

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_core.checkpoint.format import CARRIED, LEAVES, layout, read_quantization_config
+from gptq_core.checkpoint.carried import carried_files
+from gptq_core.checkpoint.format import LEAVES, layout, read_quantization_config
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint
 from gptq_core.checkpoint.writer import replace_file
@@ -53,8 +54,8 @@ def dequantize_checkpoint(checkpoint: str | Path, out: str | Path, dtype: torch.
     config.pop("quantization_config", None)
     config["dtype"] = str(kind).removeprefix("torch.")
     replace_file(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    for path in sorted({path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}):
-        replace_file(partial / path.name, path.read_bytes())
+    for path in carried_files(folder):
+        replace_file(partial / path, folder / path)
     os.rename(partial, target)
     return target
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class Selection:
     """Linears that stay as they are, and the reason."""
     rules: dict[str, dict[str, Any]]
     """`dynamic` as it goes to disk: says for every linear whether and how it differs from the checkpoint's own keys."""
+    unused: tuple[str, ...] = ()
+    """Tensors of the source that the model has no place for, so that they are not written."""
 
     def in_block(self, index: int) -> dict[str, QuantizeConfig]:
         """Configs of a block's quantized linears by their names inside it."""
@@ -66,13 +69,23 @@ class Selection:
         fused = _fused(self.layers.keys() | self.left.keys()).values()
         return [members for members in fused if len({str(_stored(self.layers, name)) for name in members}) > 1]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of it before the run."""
+        if not self.unused:
+            return ()
+        counts = Counter(re.sub(r"(\.\d+)\..*", r"\1", name) for name in self.unused)  # by block, where they have a number
+        parts = ", ".join(f"{part} ({count})" if count > 1 else part for part, count in list(counts.items())[:5])
+        more = f" and {len(counts) - 5} more" if len(counts) > 5 else ""
+        return (f"not written, since the model as transformers builds it has no place for them: tensors of {parts}{more}",)
+
 
 def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Selection:
     """Raises InputError when the source is quantized already, lacks a tensor, has a linear that cannot be packed while
     `config.strict` forbids leaving it, or when a rule of `dynamic` decides nothing or parts what consumers fuse."""
     if getattr(decoder.model.config, "quantization_config", None):
         raise InputError(f"{source.folder}: this checkpoint is already quantized; give the original model")
-    _check_tensors(source, decoder)
+    unused = _check_tensors(source, decoder)
     linears = {
         f"{decoder.prefix}.{index}.{name}": (linear.in_features, linear.out_features)
         for index, block in enumerate(decoder.blocks)
@@ -113,7 +126,7 @@ def select(source: Checkpoint, decoder: Decoder, config: QuantizeConfig) -> Sele
             raise InputError(f"no linear of any decoder block is quantized: {' and '.join(keys)} left them out; let some take part")
         raise InputError(f"{source.folder}: no linear of any decoder block can be quantized{_choices(list(linears.values()))}")
     _check_rules(config, linears, left)
-    return Selection(decoder.prefix, len(decoder.blocks), layers, left, _rules(decoder, config, layers, left))
+    return Selection(decoder.prefix, len(decoder.blocks), layers, left, _rules(decoder, config, layers, left), unused)
 
 
 def _head(decoder: Decoder) -> str:
@@ -236,8 +249,16 @@ def _fused(names: Any) -> dict[str, list[str]]:
     return found
 
 
-def _check_tensors(source: Checkpoint, decoder: Decoder) -> None:
-    """Raise InputError for a missing tensor, a wrong shape, or a tied tensor that differs from its twin; it may be absent."""
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights, as safetensors spells them, whose numbers mean what they say: others need scales or tables beside them."""
+
+
+def _check_tensors(source: Checkpoint, decoder: Decoder) -> tuple[str, ...]:
+    """Names of the source's tensors that the model has no place for.
+
+    Raises InputError for a missing tensor, a wrong shape, a dtype that is none of weights, or a tied tensor that differs from its twin;
+    it may be absent.
+    """
     tied = getattr(decoder.model, "all_tied_weights_keys", {})
     expected = {name: tuple(tensor.shape) for name, tensor in decoder.model.state_dict().items()}
     found = {name: source_name(decoder.model, name, source.__contains__) for name in expected}
@@ -246,9 +267,18 @@ def _check_tensors(source: Checkpoint, decoder: Decoder) -> None:
         raise InputError(
             f"{source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]!r}; download it again"
         )
+    parameters = dict(decoder.model.named_parameters(remove_duplicate=False))
     for name, there in found.items():
-        if there and (shape := source.header(there)[1]) != expected[name]:
+        if not there:
+            continue
+        dtype, shape = source.header(there)
+        if shape != expected[name]:
             raise InputError(f"{name}: shape {shape} on disk, {expected[name]} by config.json; the two do not belong together")
+        if name in parameters and dtype not in FLOATING:
+            raise InputError(
+                f"{there}: stored as {dtype}, which is no dtype of plain weights (must be {', '.join(FLOATING)}); "
+                "give the original model, or one that was converted back to bfloat16"
+            )
     for name, twin in tied.items():
         own, other = found.get(name), found.get(twin)
         if own and other and not torch.equal(source.read(own), source.read(other)):
@@ -256,6 +286,7 @@ def _check_tensors(source: Checkpoint, decoder: Decoder) -> None:
                 f"{source.folder}: config.json ties {name} to {twin}, but the folder holds two different tensors; "
                 "set tie_word_embeddings to false in config.json if both are meant"
             )
+    return tuple(sorted(set(source.names) - set(found.values())))
 
 
 def _choices(sizes: list[tuple[int, int]]) -> str:

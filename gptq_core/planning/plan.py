@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gptq_core.checkpoint.format import CARRIED
+from gptq_core.checkpoint.carried import carried_files
 from gptq_core.checkpoint.inspection import DTYPE_BYTES
 from gptq_core.checkpoint.packing import CODES_PER_UNIT
 from gptq_core.checkpoint.reader import INDEX, PICKLES, Checkpoint
@@ -58,11 +58,12 @@ def plan(model: Model, config: QuantizeConfig, revision: str | None = None) -> P
         weights += layer.in_features * layer.out_features
         packed += selection.bits_on_disk(layer.in_features, layer.out_features, layer.config.bits, layer.config.group_size)
     shards = list(_shards(source, decoder, chosen))
-    carried = sum(path.stat().st_size for pattern in CARRIED for path in folder.glob(pattern) if path.is_file())
+    carried = sum((folder / path).stat().st_size for path in carried_files(folder))
     names = sum(map(len, shards))
     others = carried + 2 * BYTES_A_NAME * names + BYTES_A_LAYER * len(chosen.layers) + 4 * (folder / "config.json").stat().st_size
     verdicts = loadability(config, chosen)
-    return Plan(chosen, verdicts, packed / weights, source.bytes(), sum(map(_file_bytes, shards)), others, opened, notes)
+    size, notes = sum(map(_file_bytes, shards)), (*notes, *chosen.notes)
+    return Plan(chosen, verdicts, packed / weights, source.bytes(), size, others, opened, notes)
 
 
 PRESUMED = "config.json only: shapes are the model's own, and sizes assume the dtype that it names (float32 where none)"
@@ -100,6 +101,10 @@ class Presumed(Checkpoint):
 
     def header(self, name: str) -> Header:
         return self._headers[name]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._headers)
 
     def bytes(self) -> int:
         """Size of one shard with all tensors."""

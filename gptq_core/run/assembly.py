@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptq_core.checkpoint import format
+from gptq_core.checkpoint.carried import carried_files
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint
 from gptq_core.checkpoint.writer import OutputFolder
@@ -49,16 +50,12 @@ def unpacking(stored: dict[str, Tensor], selection: Selection, layout: str, dtyp
     return read
 
 
-def outside_blocks(decoder: Decoder, source: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
-    """The model's tensors that are in no block, by the source's names, and names in the source that the model does not have."""
-    blocks, rest, used = set(decoder.block_tensor_names()), {}, set()
-    for name in architecture.tensor_names(decoder.model):
-        found = architecture.source_name(decoder.model, name, source.__contains__)
-        if found:
-            used.add(found)
-            if name not in blocks:
-                rest[name] = source.read(found)
-    return rest, sorted(set(source.names) - used)
+def outside_blocks(decoder: Decoder, source: Checkpoint) -> dict[str, Tensor]:
+    """The model's tensors that are in no block, as the source stores them."""
+    blocks = set(decoder.block_tensor_names())
+    names = (name for name in architecture.tensor_names(decoder.model) if name not in blocks)
+    found = {name: architecture.source_name(decoder.model, name, source.__contains__) for name in names}
+    return {name: source.read(there) for name, there in found.items() if there}
 
 
 def write_index(output: OutputFolder) -> int:
@@ -81,11 +78,23 @@ def write_configs(
     quantization = format.quantization_config(config, selection.modules, selection.rules)
     quantization = format.with_meta(quantization, meta)
     found.pop("_name_or_path", None)
+    if selection.unused:
+        _promise_no_more(found)
     found.setdefault("architectures", [type(decoder.model).__name__])
     output.write_text("config.json", _json(found | {"quantization_config": quantization}))
     output.write_text("quantize_config.json", _json(quantization))
-    for path in sorted({p for pattern in format.CARRIED for p in source.glob(pattern) if p.is_file()}):
-        output.copy(path)
+    for path in carried_files(source):
+        output.copy(source, path)
+
+
+PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""Keys that promise layers for the prediction of further tokens, which stand behind the decoder blocks and are not written."""
+
+
+def _promise_no_more(config: dict[str, Any]) -> None:
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.update({key: 0 for key in PREDICTION_LAYERS if part.get(key)})
 
 
 def _json(value: dict[str, Any]) -> str:

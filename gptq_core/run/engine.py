@@ -30,6 +30,7 @@ from gptq_core.block.group import LayerReport, Member, solve_group
 from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids
 from gptq_core.block.tuning import tune
 from gptq_core.checkpoint import card
+from gptq_core.checkpoint.carried import carried_files
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
@@ -113,6 +114,7 @@ class Quantization:
                     "the tuning; give calibration.samples of 2 or more"
                 )
             selected = stream.model.select(config)
+            carried_files(stream.source.folder)  # refuses links that lead out of the folder, while nothing is done yet
             output = OutputFolder(Path(out))
             on_failure.callback(output.close)
             run = cls(stream, selected, config, windows, output)
@@ -256,12 +258,12 @@ class Quantization:
         self.output.wait()
         source, decoder = self.stream.source, self.stream.decoder
         with self.stream.timed("write"):
-            rest, unused = assembly.outside_blocks(decoder, source)
+            rest = assembly.outside_blocks(decoder, source)
             head = self._quantize_head(self._head, rest) if self._head else []
             self.output.write_shard(self._file(self.block_count), rest, {"kind": "rest", "layers": head})
             size = assembly.write_index(self.output)
             assembly.write_configs(self.output, source.folder, decoder, self.config, self.selection, self.meta)
-            summary = summarize(self.output.records, self.config, self.selection, source.bytes(), size, unused)
+            summary = summarize(self.output.records, self.config, self.selection, source.bytes(), size)
             details = self.output.records[0] | {"summary": summary, "model_type": decoder.model.config.model_type}
             self.output.write_text("README.md", card.render(details, None))
             self.output.publish(summary)

@@ -60,10 +60,8 @@ class Summary(TypedDict):
     """Tensors of the source that the model does not have."""
 
 
-def summarize(
-    records: list[dict[str, Any]], config: QuantizeConfig, selection: Selection, original_bytes: int, size: int, unused: list[str]
-) -> Summary:
-    """The summary of a manifest's records. size: bytes of all shards; unused: tensors of the source that the model does not have."""
+def summarize(records: list[dict[str, Any]], config: QuantizeConfig, selection: Selection, original_bytes: int, size: int) -> Summary:
+    """The summary of a manifest's records. size: bytes of all shards."""
     blocks = [record for record in records if record["kind"] == "block"]
     layers: list[LayerRecord] = [layer for record in records if record["kind"] in ("block", "rest") for layer in record["layers"]]
     weights = sum(layer["in_features"] * layer["out_features"] for layer in layers)
@@ -77,7 +75,7 @@ def summarize(
         "lm_head": next((layer for layer in layers if not layer["name"].startswith(f"{selection.prefix}.")), None),
         "skipped": [{"name": name, "reason": reason} for name, reason in selection.left.items()],
         "loads": [verdict.record() for verdict in loadability(config, selection)],
-        "unused_source_tensors": unused,
+        "unused_source_tensors": list(selection.unused),
     }
 
 

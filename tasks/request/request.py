@@ -105,7 +105,7 @@ class Request:
             overlapping = self.measures.check(texts.calibration)
         job = self.job
         verdicts = loadability(job.config, job.selection) if self.allocation else self.foreseen.verdicts
-        return (*texts.notes, *overlapping, *tight, *objections(verdicts))
+        return (*self.foreseen.notes, *texts.notes, *overlapping, *tight, *objections(verdicts))
 
     # -- the engine ---------------------------------------------------------------------------------------------------
 

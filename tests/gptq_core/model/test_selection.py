@@ -5,10 +5,12 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import dense_twin, logits, quantize, save_model, windows
 
 from gptq_core import Quantization, QuantizeConfig, inspect_checkpoint, load_quantized
 from gptq_core.errors import InputError
+from gptq_core.planning.plan import plan
 
 W4 = {"bits": 4, "group_size": 32}
 
@@ -288,3 +290,35 @@ def test_a_head_that_a_rule_leaves_out_stays_dense(llama, tmp_path):
     assert found["lm_head"] is None
     assert {"name": "lm_head", "reason": "dynamic: -:lm_head"} in found["skipped"]
     assert isinstance(load_quantized(tmp_path / "out").lm_head, torch.nn.Linear)
+
+
+# -- what the source holds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_weights_of_a_dtype_that_means_nothing_alone_are_refused_by_name(dtype, tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for look in (
+        lambda: plan(str(model), QuantizeConfig(bits=4, group_size=32)),
+        lambda: Quantization.open(str(model), QuantizeConfig(bits=4, group_size=32), windows(), tmp_path / "out", device="cpu"),
+    ):
+        with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj.weight: stored as \w+, .*must be F64, F32, F16, BF16"):
+            look()
+
+
+def test_tensors_without_a_place_in_the_model_are_named_and_no_longer_promised(tmp_path):
+    model = save_model("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    extra = {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in tensors.items() if "layers.1." in name}
+    save_file(tensors | extra | {"mtp.norm.weight": torch.ones(64)}, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    wanted = QuantizeConfig(bits=4, group_size=32)
+    [note] = plan(str(model), wanted).notes
+    assert note.endswith(f"tensors of model.layers.2 ({len(extra)}), mtp.norm.weight")
+    summary = quantize(model, tmp_path / "out", wanted)
+    assert summary["unused_source_tensors"] == sorted([*extra, "mtp.norm.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
