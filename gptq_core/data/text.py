@@ -1,13 +1,14 @@
 """Documents from wherever calibration and evaluation text lives.
 
 A local file (.txt: one document; .jsonl: the "text" of each line; .parquet: its "text" column), a list of strings, or a named
-hub dataset through `datasets`. Local files are read by a reader that names the file and the line of what is wrong.
+hub dataset through `datasets`. Local files are read by a reader that names the file and the line of what is wrong, and no more of them
+than is asked for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,10 @@ from pathlib import Path
 from gptq_core.errors import InputError
 
 TEXT_COLUMN = "text"
+WHOLE = 4 << 20
+"""Characters up to which a text is tokenized as a whole; a longer one in pieces, since tokenizing takes some 170 bytes a character."""
+PIECE = 1 << 20
+"""Characters of a piece of a longer text."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,10 @@ HUB["c4-new"] = HUB["c4"]  # Optimum's second name for the same files
 
 
 def read_documents(dataset: str | list[str], evaluation: bool = False) -> Iterator[str]:
-    """Yield the documents of a dataset in their order, empty ones left out.
+    """Yield the documents of a dataset in their order; a .txt longer than WHOLE in pieces.
 
-    `evaluation` selects the split of a named hub dataset. Raises InputError for a missing or malformed file, an unknown name,
-    or a hub that cannot be reached.
+    `evaluation` selects the split of a named hub dataset, and keeps empty documents: the papers join all rows of a text.
+    Raises InputError for a missing or malformed file, an unknown name, or a hub that cannot be reached.
     """
     if isinstance(dataset, list):
         documents: Iterator[str] = iter(dataset)
@@ -67,14 +72,52 @@ def read_documents(dataset: str | list[str], evaluation: bool = False) -> Iterat
         if path.suffix not in readers:
             raise InputError(f"dataset {dataset!r}: files of type {path.suffix or 'none'} are not read; convert it to {', '.join(readers)}")
         documents = readers[path.suffix](path)
-    return (text for text in documents if text.strip())
+    return documents if evaluation else (text for text in documents if text.strip())
+
+
+def separator(dataset: object) -> str:
+    """What the papers put between two documents of a text; nothing where they are pieces of one."""
+    return "" if isinstance(dataset, str) and dataset not in HUB and Path(dataset).suffix == ".txt" else "\n\n"
+
+
+def pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Texts joined, in pieces that can be tokenized one after the other: one where they are no longer than WHOLE.
+
+    Pieces end behind a line, else behind a word: tokenizers seldom join across either.
+    """
+    waiting = ""
+    longer = False
+    for text in texts:
+        waiting += text
+        longer = longer or len(waiting) > WHOLE
+        while longer and len(waiting) > PIECE:
+            end = max(waiting.rfind("\n", 0, PIECE), waiting.rfind(" ", 0, PIECE) if "\n" not in waiting[:PIECE] else -1) + 1 or PIECE
+            yield waiting[:end]
+            waiting = waiting[end:]
+    if waiting:
+        yield waiting
 
 
 def _from_txt(path: Path) -> Iterator[str]:
+    characters = WHOLE if path.stat().st_size <= WHOLE else PIECE
     try:
-        yield path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            yield from iter(lambda: file.read(characters), "")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+        raise InputError(f"{path}: byte {_undecodable(path)} is not UTF-8; convert the file to UTF-8") from error
+
+
+def _undecodable(path: Path) -> int:
+    """Where the first byte lies that is not UTF-8."""
+    done = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return done + error.start
+            done += len(line)
+    return done
 
 
 def _from_jsonl(path: Path) -> Iterator[str]:
@@ -84,11 +127,22 @@ def _from_jsonl(path: Path) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # malformed JSON and malformed UTF-8 alike
+            except (ValueError, RecursionError) as error:  # malformed JSON and malformed UTF-8 alike; nested too deeply
                 raise InputError(f"{path} line {number}: not JSON ({error}); each line must be an object with {TEXT_COLUMN!r}") from error
             if not isinstance(row, dict) or not isinstance(row.get(TEXT_COLUMN), str):
                 raise InputError(f"{path} line {number}: no string under {TEXT_COLUMN!r}; each line must be an object that has one")
+            if (place := _half_a_character(row[TEXT_COLUMN])) is not None:
+                raise InputError(f"{path} line {number}: character {place} is half of a surrogate pair; write the whole character")
             yield row[TEXT_COLUMN]
+
+
+def _half_a_character(text: str) -> int | None:
+    """Where a text holds a lone surrogate, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _from_parquet(path: Path) -> Iterator[str]:
@@ -97,12 +151,20 @@ def _from_parquet(path: Path) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: not a parquet file ({error})") from error
-    if TEXT_COLUMN not in file.schema_arrow.names:
-        raise InputError(f"{path}: no column {TEXT_COLUMN!r} among {', '.join(file.schema_arrow.names)}; rename the text column")
-    for batch in file.iter_batches(columns=[TEXT_COLUMN]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+        schema = file.schema_arrow
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+    if TEXT_COLUMN not in schema.names:
+        raise InputError(f"{path}: no column {TEXT_COLUMN!r} among {', '.join(schema.names)}; rename the text column")
+    kind = schema.field(TEXT_COLUMN).type
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not any(check(values) for check in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)):
+        raise InputError(f"{path}: column {TEXT_COLUMN!r} holds {kind} (must be string); write the texts as strings")
+    try:
+        for batch in file.iter_batches(columns=[TEXT_COLUMN]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); write or download it again") from error
 
 
 def _from_hub(name: str, evaluation: bool) -> Iterator[str]:

@@ -8,6 +8,7 @@ takes every non-overlapping window, as the papers do. Beginning-of-sequence toke
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gptq_core.data.text import read_documents
+from gptq_core.data.text import pieces, read_documents, separator
 from gptq_core.errors import InputError
 
 OVERSAMPLING = 8
@@ -79,9 +80,9 @@ def calibration_windows(dataset: Any, tokenizer: Any, samples: int, seqlen: int,
 def evaluation_windows(dataset: Any, tokenizer: Any, seqlen: int, samples: int | None = None) -> Windows:
     """Every non-overlapping window of the documents joined with two newlines, or `samples` of them, evenly spaced."""
     if _is_token_rows(dataset):
-        stream = [token for row in dataset for token in row]
+        stream = _flat(dataset)
     else:
-        stream = _encode(tokenizer, ["\n\n".join(read_documents(dataset, evaluation=True))])[0]
+        stream = _encode(tokenizer, _joined(read_documents(dataset, evaluation=True), separator(dataset)))
     windows = _cut(stream, seqlen, dataset)
     return Windows(windows, _name(dataset), windows.shape[0]).thinned(samples)
 
@@ -105,24 +106,39 @@ def split_windows(dataset: Any, tokenizer: Any, samples: int, seqlen: int, seed:
     return _draw(_cut(head, seqlen, dataset), samples, seed, name), Windows(held, f"{name} (tail kept apart)", held.shape[0])
 
 
-def _packed(dataset: Any, tokenizer: Any, limit: int) -> list[int]:
+def _joined(documents: Iterable[str], between: str) -> Iterator[str]:
+    for number, document in enumerate(documents):
+        yield between + document if number else document
+
+
+def _flat(rows: list[list[int]]) -> Tensor:
+    return torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+
+
+def _packed(dataset: Any, tokenizer: Any, limit: int) -> Tensor:
     """One token stream of the documents, tokenized one by one, at most `limit` tokens of several documents."""
     if dataset is None:
         raise InputError("quantization.dataset is required: a .txt, .jsonl or .parquet file, a named dataset, texts or token ids")
     if _is_token_rows(dataset):
-        return [token for row in dataset for token in row]
-    stream: list[int] = []
+        return _flat(dataset)
+    parts: list[Tensor] = []
     for document in read_documents(dataset):
-        stream += _encode(tokenizer, [document])[0]
-        if len(stream) >= limit:
+        parts.append(_encode(tokenizer, [document], limit - sum(map(len, parts))))
+        if sum(map(len, parts)) >= limit:
             break
-    return stream
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # verbose=False: no warning that the stream is longer than the model's maximum, because it is cut into windows
-    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
-    return ids
+def _encode(tokenizer: Any, text: Iterable[str], limit: int | None = None) -> Tensor:
+    """Token ids of the joined text, whose special tokens stand once at its beginning. Of a long one no more pieces than `limit` takes."""
+    parts: list[Tensor] = []
+    for piece in pieces(text):
+        # verbose=False: no warning that the stream is longer than the model's maximum, because it is cut into windows
+        ids = tokenizer([piece], verbose=False, **({"add_special_tokens": False} if parts else {}))["input_ids"][0]
+        parts.append(torch.tensor(ids, dtype=torch.int64))
+        if limit is not None and sum(map(len, parts)) >= limit:
+            break
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
 def _is_token_rows(dataset: Any) -> bool:
@@ -135,16 +151,16 @@ def _name(dataset: Any) -> str:
     return f"{len(dataset)} rows of token ids" if _is_token_rows(dataset) else f"{len(dataset)} texts"
 
 
-def _cut(stream: list[int], seqlen: int, dataset: Any) -> Tensor:
+def _cut(stream: Tensor, seqlen: int, dataset: Any) -> Tensor:
     count = len(stream) // seqlen
-    if not stream:
+    if not len(stream):
         raise InputError(f"dataset {_name(dataset)}: the text is empty; give a text of at least {seqlen} tokens")
     if count == 0:
         raise InputError(
             f"dataset {_name(dataset)}: the text has {len(stream)} tokens, shorter than one window of {seqlen}; "
             "give more text or a shorter seqlen"
         )
-    return torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    return stream[: count * seqlen].view(count, seqlen)
 
 
 def _draw(windows: Tensor, samples: int, seed: int, name: str) -> Windows:

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gptq_core.data import text
 from gptq_core.data.text import read_documents
 from gptq_core.data.windows import Windows, calibration_windows, evaluation_windows, split_windows
 from gptq_core.errors import InputError
@@ -111,6 +112,74 @@ def test_broken_files_are_named_with_their_line(tmp_path):
         list(read_documents(str(tmp_path / "f.parquet")))
     with pytest.raises(InputError, match="no such file, and not a known name"):
         list(read_documents("wikitext3"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [([1, 2], "int64"), ([["a"]], "list<"), ([{"role": "user"}], "struct<"), ([b"a"], "binary"), ([None], "null")]
+)
+def test_a_text_column_of_another_type_is_named(values, kind, tmp_path):
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=rf"a\.parquet: column 'text' holds {kind}.*must be string"):
+        list(read_documents(str(tmp_path / "a.parquet")))
+
+
+def test_text_columns_of_every_kind_of_string_are_read(tmp_path):
+    for index, kind in enumerate((pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
+        pq.write_table(pa.table({"text": pa.array(["one", None, "two"], kind)}), tmp_path / f"{index}.parquet")
+        assert list(read_documents(str(tmp_path / f"{index}.parquet"))) == ["one", "two"]
+
+
+def test_damaged_pages_are_named(tmp_path):
+    pq.write_table(pa.table({"text": [f"words {i}" * 20 for i in range(2000)]}), tmp_path / "a.parquet")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[40:4000] = bytes(3960)
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.parquet: damaged"):
+        list(read_documents(str(tmp_path / "a.parquet")))
+
+
+def test_lines_that_no_tokenizer_takes_are_named(tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"text": "whole"}\n{"text": "half an emoji \\ud83d"}\n')
+    with pytest.raises(InputError, match=r"half\.jsonl line 2: character 14 is half of a surrogate pair"):
+        list(read_documents(str(tmp_path / "half.jsonl")))
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=r"deep\.jsonl line 1: not JSON"):
+        list(read_documents(str(tmp_path / "deep.jsonl")))
+
+
+def test_evaluation_joins_all_rows_as_the_papers_do(tmp_path):
+    """A third of WikiText's rows are empty; calibration has no use for them."""
+    rows = ["", " = Title = \n", "", " A line . \n", "", ""]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "rows.parquet")
+    windows = evaluation_windows(str(tmp_path / "rows.parquet"), letters, 1)
+    assert windows.tokens.flatten().tolist() == letters(["\n\n".join(rows)])["input_ids"][0]
+    assert list(read_documents(str(tmp_path / "rows.parquet"))) == [rows[1], rows[3]]
+
+
+def counting(texts, verbose=True, add_special_tokens=True):
+    """`letters` without the first token where a text goes on; every call is one piece."""
+    return {"input_ids": [[0] * add_special_tokens + [ord(c) for c in text] for text in texts]}
+
+
+@pytest.mark.parametrize("breaks", ["\n", " ", ""])
+def test_a_long_text_is_tokenized_in_pieces_which_give_the_same_tokens(breaks, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "WHOLE", 400)
+    monkeypatch.setattr(text, "PIECE", 100)
+    whole = breaks.join(TEXT[i : i + 30] for i in range(0, 900, 30))
+    (tmp_path / "a.txt").write_text(whole)
+    seen = []
+
+    def spied(texts, **keys):
+        seen.extend(texts)
+        return counting(texts, **keys)
+
+    windows = evaluation_windows(str(tmp_path / "a.txt"), spied, 1)
+    assert windows.tokens.flatten().tolist() == counting([whole])["input_ids"][0]
+    assert "".join(seen) == whole and 9 <= len(seen) <= 12 and max(map(len, seen)) <= 100
+    assert all(piece.endswith(breaks) for piece in seen[:-1])
+    seen.clear()
+    calibration_windows(str(tmp_path / "a.txt"), spied, samples=1, seqlen=10, seed=0)
+    assert len(seen) == 1, "no more of it than is drawn from"
 
 
 def test_named_dataset_without_a_hub(monkeypatch):
