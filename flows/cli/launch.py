@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from flows.serving.own_server import guard_own_server, keep_loopback_from_proxies, server_is_configured
+
 DONE, FAILED, WRONG, HELD, INTERRUPTED = 0, 1, 2, 75, 130
 
 
@@ -139,6 +141,8 @@ def quiet() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    guard_own_server()
+    keep_loopback_from_proxies()
     # what they would tell is told by one line of ours: migrations, retries of a server that is away, events that it misses
     levels = {
         "alembic": logging.WARNING,
@@ -154,8 +158,7 @@ def quiet() -> None:
     from flows.serving.orphans import end_server_with_us
     from gptq_core.errors import GPTQError
 
-    # with a server of the person's own, Prefect starts none
-    if "PREFECT_API_URL" not in os.environ:
+    if not server_is_configured():  # else Prefect starts none
         end_server_with_us()
     disable_progress_bar()  # two bars on one line, and noise in a file
 
