@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gptq_core.errors import CorruptCheckpointError, InputError, UnsupportedModelError
+from gptq_core.errors import CorruptCheckpointError, InputError, UnsupportedModelError, foreign_input
 from gptq_core.kernels.processor import multiplies_in_bfloat16
 
 Read = Callable[[str], Tensor]
+
+MOST_LAYERS = 1024
+"""Far beyond any model there is; building an empty one of a million layers would take hours."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,18 @@ class Decoder:
 
 def load_config(folder: Path) -> PretrainedConfig:
     """The model's config. Raises InputError for an architecture that transformers does not know (remote code is never run)."""
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise InputError(f"{folder}: no config.json; give the folder of a Hugging Face model")
-    try:
+    with foreign_input(file, "mend it, or download the model again"):
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+        config._attn_implementation = None  # transformers chooses; a name in the file could be that of code to fetch
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        known = config.dtype is None or isinstance(config.dtype, torch.dtype)
+    if not known:
+        raise InputError(f"{file}: dtype = {config.dtype!r} is none that torch knows; mend it, or download the model again")
+    if not 1 <= layers <= MOST_LAYERS:
+        raise InputError(f"{file}: num_hidden_layers = {layers} (must be 1 to {MOST_LAYERS}); mend it, or download the model again")
     return config
 
 
@@ -94,13 +102,10 @@ def judging_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with all parameters on the meta device and its computed buffers real, on the CPU. `config` stays as it is."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"model_type {config.model_type!r}: not a causal language model ({str(error).splitlines()[0]})"
-        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(f"model_type {config.model_type!r}: transformers has no causal language model of this type")
+    with foreign_input(f"model_type {config.model_type!r}", "mend config.json, or download the model again"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     for module in model.modules():
         computed = {name: buffer for name in module._non_persistent_buffers_set if (buffer := module._buffers.get(name)) is not None}
         for name, buffer in computed.items():
