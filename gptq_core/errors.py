@@ -27,6 +27,10 @@ class FactorizationError(GPTQError):
     """A layer's Hessian could not be factored, even with more damping."""
 
 
+class EvaluationError(GPTQError):
+    """A model's numbers are none: its losses or its KL are not finite."""
+
+
 class CorruptCheckpointError(GPTQError):
     """A checkpoint on disk contradicts itself: missing or unexpected tensors, wrong digest, label and zeros that disagree."""
 

@@ -109,7 +109,7 @@ def _solve_alike(
             "in_features": weight.shape[1],
             "out_features": weight.shape[0],
             "loss": loss,
-            "relative_error": None if fallback else relative_error,
+            "relative_error": None if fallback else relative_error if loss else 0.0,  # a layer of zeros: 0 / 0
             "tokens": tokens,
             "damp_percent": damp_percent,
             "failed_attempts": failed_attempts,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_core.checkpoint.carried import PATTERNS
+from gptq_core.checkpoint.finite import check_finite
 from gptq_core.errors import CorruptCheckpointError, InputError
 
 INDEX = "model.safetensors.index.json"
@@ -106,8 +107,11 @@ class Checkpoint:
         return name in self._where
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU, memory-mapped: bytes are read on first access, and stay mapped as long as this object lives."""
-        return self._mapped(name)
+        """The tensor as stored, on the CPU, memory-mapped: bytes are read on first access, and stay mapped as long as this object lives.
+
+        Raises CorruptCheckpointError, as read_apart does, where it holds numbers that are not finite.
+        """
+        return check_finite(self._mapped(name), name, self.folder / self._file(name))
 
     def read_apart(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, as stored, on the CPU, each in memory of its own, which is released with it.
@@ -120,7 +124,7 @@ class Checkpoint:
             with path.open("rb") as opened:
                 if _stamp(os.fstat(opened.fileno())) != self._stamps[path.name]:
                     raise InputError(f"{path}: was changed while the model was read; begin again, with a folder that stays as it is")
-                found[name] = _read(opened, self._start(opened, name), self._mapped(name))
+                found[name] = check_finite(_read(opened, self._start(opened, name), self._mapped(name)), name, path)
         return found
 
     def expect(self, names: Iterable[str]) -> None:

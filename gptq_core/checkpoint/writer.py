@@ -21,6 +21,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from gptq_core.checkpoint.finite import check_finite
 from gptq_core.checkpoint.reader import file_sha256
 from gptq_core.errors import CorruptCheckpointError, InputError, OutputHeldError
 
@@ -128,6 +129,8 @@ class OutputFolder:
     def write_shard(self, file: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
         """Commit one shard and its manifest line. Returns the record as written."""
         path = self.partial / file
+        for name, tensor in tensors.items():
+            check_finite(tensor, name, path)
         replace_file(path, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         record = record | {"file": file, "files": {file: path.stat().st_size}, "sha256": file_sha256(path), "tensors": list(tensors)}
         kept = [r for r in self.records if not (r["kind"] == record["kind"] and r.get("block") == record.get("block"))]
@@ -191,15 +194,19 @@ class OutputFolder:
 
     def _append(self, record: dict[str, Any]) -> None:
         with (self.partial / MANIFEST).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
 
     def _rewrite(self, records: list[dict[str, Any]]) -> None:
-        self._commit(MANIFEST, "".join(json.dumps(record) + "\n" for record in records).encode())
+        self._commit(MANIFEST, "".join(map(_line, records)).encode())
 
     def _commit(self, name: str, data: bytes) -> None:
         replace_file(self.partial / name, data)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def replace_file(path: Path, content: bytes | dict[str, Tensor] | Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_core.data.windows import Windows
-from gptq_core.errors import CorruptCheckpointError, InputError
+from gptq_core.errors import CorruptCheckpointError, EvaluationError, InputError
 from gptq_core.inference import backends
 from gptq_core.inference.linear import load_quantized, to_dense
 from gptq_core.model.architecture import choose_device, judging_dtype
@@ -32,6 +32,9 @@ LOGITS_AT_ONCE = 2**22
 """Logits that are held at a time, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache."""
 FEWEST_POSITIONS = 128
 """Fewest positions in a piece of a window that exceeds it: the head's weights are read once for each piece."""
+
+LARGEST_LOSS = 700.0
+"""Nats a token; exp of a little more is beyond a float."""
 
 Progress = Callable[[int, int], None]
 
@@ -79,10 +82,14 @@ class Comparison:
         self._count += targets.numel()
 
     def figures(self) -> Figures:
+        """What has been summed up. Raises EvaluationError where it comes to no number."""
+        divergence = self._divergence / self._count
+        if self._kl and not math.isfinite(divergence):
+            raise EvaluationError("the KL per token is not finite: the logits of one of the two models are not")
         return {
-            "original_perplexity": math.exp(self._nll[0] / self._count),
-            "quantized_perplexity": math.exp(self._nll[1] / self._count),
-            "kl": self._divergence / self._count if self._kl else None,
+            "original_perplexity": perplexity_of(self._nll[0] / self._count, "the original"),
+            "quantized_perplexity": perplexity_of(self._nll[1] / self._count, "the checkpoint"),
+            "kl": divergence if self._kl else None,
             "top1_agreement": self._agreed / self._count if self._kl else None,
             "flips": self._flipped / self._count if self._kl else None,
             "tokens": self._count,
@@ -133,8 +140,17 @@ def window_losses(model: PreTrainedModel, windows: Windows, progress: Progress |
 
 
 def perplexity(losses: list[float], windows: Windows) -> float:
-    """Perplexity of a text whose windows have these losses."""
-    return math.exp(sum(losses) / (windows.count * (windows.seqlen - 1)))
+    """Perplexity of a text whose windows have these losses. Raises EvaluationError as `perplexity_of` does."""
+    return perplexity_of(sum(losses) / (windows.count * (windows.seqlen - 1)), "the model")
+
+
+def perplexity_of(loss: float, whose: str) -> float:
+    """exp of a mean loss in nats a token. Raises EvaluationError for one that is not finite, or beyond what a float can hold."""
+    if not math.isfinite(loss):
+        raise EvaluationError(f"the mean loss of {whose} is {loss}: its logits are not finite")
+    if loss > LARGEST_LOSS:
+        raise EvaluationError(f"the mean loss of {whose} is {loss:.6g} nats a token, beyond any perplexity (limit {LARGEST_LOSS:g})")
+    return math.exp(loss)
 
 
 def evaluate_pair(

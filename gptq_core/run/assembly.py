@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptq_core.checkpoint import format
 from gptq_core.checkpoint.carried import carried_files
+from gptq_core.checkpoint.finite import half
 from gptq_core.checkpoint.packing import unpack, unpack_zeros
 from gptq_core.checkpoint.reader import INDEX, Checkpoint
 from gptq_core.checkpoint.writer import OutputFolder
@@ -32,7 +33,7 @@ def packed(tensors: dict[str, Tensor], solutions: dict[str, Solution], selection
             s = solutions[owner]
             shard |= format.packed_tensors(owner, s.codes, s.scales, s.zeros, s.g_idx, selection.layers[owner].config)
         else:
-            shard[name] = tensor.half() if owner in solutions and leaf == "bias" else tensor
+            shard[name] = half(tensor, name) if owner in solutions and leaf == "bias" else tensor
     return shard
 
 

@@ -51,7 +51,7 @@ from gptq_core.block.group import Member, solve_group
 from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids, quantized
 from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
-from gptq_core.errors import FactorizationError, InputError
+from gptq_core.errors import EvaluationError, FactorizationError, InputError
 from gptq_core.inference.evaluation import Comparison, log_probabilities, pieces, vocabulary_of
 from gptq_core.method import solver
 from gptq_core.method.factor import Factor, column_order, factorize
@@ -177,7 +177,11 @@ class _Cell:
         return {linears[name]: solution.weight(dtype) for name, solution in self.solutions.items()}
 
     def result(self) -> Screened:
-        figures = None if self.error else self.comparison.figures()
+        figures = None
+        try:
+            figures = None if self.error else self.comparison.figures()
+        except EvaluationError as error:
+            self.error = str(error)
         return Screened(
             original_perplexity=figures and figures["original_perplexity"],
             quantized_perplexity=figures and figures["quantized_perplexity"],
