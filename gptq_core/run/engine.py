@@ -13,8 +13,6 @@ forward, which restores the activations exactly, so that nothing but finished bl
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import hashlib
 import time
 from contextlib import ExitStack
@@ -23,38 +21,24 @@ from typing import Any, TypedDict
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gptq_core.block import walk
-from gptq_core.block.group import LayerReport, Member, solve_group
+from gptq_core.block.group import Member, solve_group
 from gptq_core.block.stream import BlockStream, HiddenStates, check_token_ids
-from gptq_core.block.tuning import tune
 from gptq_core.checkpoint import card
 from gptq_core.checkpoint.carried import carried_files
-from gptq_core.checkpoint.finite import half
 from gptq_core.checkpoint.writer import OutputFolder
 from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.errors import InputError
 from gptq_core.inference import backends
-from gptq_core.method import solver
-from gptq_core.method.hessian import Hessian, Shift
 from gptq_core.model import architecture
 from gptq_core.model.opened import Model
 from gptq_core.model.selection import Selection
 from gptq_core.run import assembly
+from gptq_core.run.block_work import BlockWork
 from gptq_core.run.identity import content_key, identity
 from gptq_core.run.summary import LayerRecord, Summary, distribution, summarize
-from gptq_core.runtime import heap
-
-LARGE_GROUP = 4096
-"""Inputs from which solving takes so much memory and time that the heap's free pages are given back before: the forward that follows
-must fault them in again, which on a small model is a tenth of the whole run."""
-
-
-WORST_OUTPUT, WORST_WEIGHT = 0.5, 2.0
-"""Squared errors over squares beyond which a layer is not rounded but destroyed. Two bits by the plainest recipe, a row a group, came to
-0.34 and 0.83 at most on the models of the benches; a layer whose scales float16 cannot hold has 0.76 and more."""
 
 
 class BlockRecord(TypedDict):
@@ -249,9 +233,14 @@ class Quantization:
             tensors = self.stream.read_block(index)
         with self.stream.filled(index, tensors.__getitem__) as block:
             self.stream.read_ahead(index + 1)
-            work = _Block(self, index, block, tensors)
+            work = BlockWork(self.stream, self.selection, self.config, self._states, self._original, index, block, tensors)
             work.quantize()
-            return work.commit()
+            shard, record = work.packed()
+            if not self._writes_beside:
+                with self.stream.timed("write"):
+                    return self.output.write_shard(self._file(index), shard, record)
+            self.output.write_beside(self._file(index), shard, record, lambda seconds: self.stream.timed.add("write", seconds))
+            return record
 
     def assemble(self) -> Published:
         """Write what is not in a block, the index and the JSON files, and publish the folder. Returns the summary record."""
@@ -293,121 +282,3 @@ class Quantization:
     def _published(self, summary: Summary) -> Published:
         manifest = (self.output.out / "manifest.jsonl").read_bytes()
         return {**summary, "path": str(self.output.out), "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
-
-
-class _Block:
-    """A filled decoder block on its way from the source's tensors to a shard."""
-
-    def __init__(self, run: Quantization, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
-        self.run, self.stream, self.index, self.block, self.tensors = run, run.stream, index, block, tensors
-        self.path = run.stream.path(index)
-        configs, linears = run.selection.in_block(index), architecture.linears_of(block)
-        self.configs = configs
-        self.linears = {name: linears[name] for name in configs}
-        self.solutions: dict[str, solver.Solution] = {}
-        self.reports: dict[str, LayerReport] = {}
-        self.weight_errors: dict[str, Tensor] = {}
-        self.tuning: dict[str, Any] | None = None
-        self.writers: frozenset[str] = frozenset()
-        """Linears that write to the residual stream and make up for its error."""
-
-    def quantize(self) -> None:
-        """Solve every linear, and take the run's hidden states through the block."""
-        stream, config = self.stream, self.run.config
-        with stream.timed("forward"):
-            groups = stream.input_groups(self.index, self.block, self.linears)
-        original, states = self._twin(), self.run._states
-        inputs = list(states.states) if config.tuning_steps else []
-        with stream.timed("forward"):
-            walk.walk(
-                self.block,
-                self.linears,
-                groups,
-                states.states,
-                states.calls[self.index],
-                self._solve,
-                config.true_sequential,
-                original=original,
-                timed=stream.timed,
-                once=not config.tuning_steps,
-            )
-        if config.tuning_steps:
-            with stream.timed("tuning"):
-                self._tune(inputs)
-
-    def _twin(self) -> walk.Original | None:
-        """A copy of the block that stays as it is, for the original model's hidden states; None where targets are not shifted."""
-        if self.run._original is None:
-            return None
-        if self.run.config.residual_shift:
-            with self.stream.timed("forward"):
-                self.writers = self.stream.residual_writers(self.index, self.block, self.linears)
-        twin = copy.deepcopy(self.block)
-        inner = architecture.linears_of(twin)
-        return walk.Original(twin, {name: inner[name] for name in self.linears}, self.run._original.states, self.writers)
-
-    def _solve(self, group: walk.InputGroup, hessian: Hessian, shift: Shift | None) -> None:
-        """Solve the linears of an input group, and give them the weights that a reader of the checkpoint will compute with."""
-        stream = self.stream
-        if stream.device.type == "cpu" and group.in_features >= LARGE_GROUP:
-            heap.give_back()  # what the forward up to here has left
-        members = [
-            Member(f"{self.path}.{name}", self.linears[name].weight, self.configs[name], name in self.writers) for name in group.names
-        ]
-        for name, solution, report in solve_group(members, hessian, shift, stream.timed):
-            self.solutions[name], self.reports[name] = solution, report
-            linear = self.linears[name.removeprefix(f"{self.path}.")]
-            self.tensors[f"{name}.weight"] = linear.weight.to("meta")  # its pages leave now, not with the block
-            weight = solution.weight(stream.dtype)
-            self.weight_errors[name] = _squares(weight - linear.weight) / _squares(linear.weight)
-            linear.weight.data = weight
-            if linear.bias is not None:  # float16 on disk: what follows must see what a consumer will compute
-                linear.bias.data = half(linear.bias, f"{name}.bias").to(stream.dtype)
-
-    def _tune(self, inputs: list[Tensor]) -> None:
-        """Tune the solutions against the original block's outputs; then the weights and hidden states are those of the tuned ones."""
-        run, path = self.run, f"{self.path}."
-        assert run._original is not None  # tuning_steps works only with target_shift
-        inner = {name.removeprefix(path): solution for name, solution in self.solutions.items()}
-        codes = {name: self.configs[name].max_code for name in inner}
-        outputs, call = torch.cat(run._original.states), run._states.call(self.index)
-        found, tuning = tune(self.block, inner, codes, torch.cat(inputs), outputs, call, run.config.tuning_steps)
-        for name, solution in found.items():
-            self.linears[name].weight.data = solution.weight(self.stream.dtype)
-        run._states.states = inputs
-        run._states.run(self.block, self.index)
-        self.solutions = {path + name: solution for name, solution in found.items()}
-        self.tuning = dataclasses.asdict(tuning) | {"kept": tuning.kept}
-
-    def _judge(self) -> None:
-        """Count layers that were destroyed rather than rounded among those that fell back: their report says why."""
-        errors = torch.stack(list(self.weight_errors.values())).tolist()  # one wait for a GPU
-        for name, error in zip(self.weight_errors, errors, strict=True):
-            report = self.reports[name]
-            if report["fallback"] is None and not (report["relative_error"] <= WORST_OUTPUT and not error > WORST_WEIGHT):
-                report["fallback"] = (
-                    f"destroyed: relative error {report['relative_error']:.3g} of its outputs (limit {WORST_OUTPUT:g}), "
-                    f"{error:.3g} of its weights (limit {WORST_WEIGHT:g})"
-                )
-
-    def commit(self) -> dict[str, Any]:
-        """Pack the block and write its shard; the record of both."""
-        run, timed = self.run, self.stream.timed
-        with timed("pack"):
-            self._judge()
-            layers: list[LayerRecord] = [
-                {**self.reports[name], **distribution(solution, run.selection.layers[name].config.bits)}
-                for name, solution in self.solutions.items()
-            ]
-            shard = assembly.packed(self.tensors, self.solutions, run.selection)
-        record = {"kind": "block", "block": self.index, "layers": layers} | ({"tuning": self.tuning} if self.tuning else {})
-        if not run._writes_beside:
-            with timed("write"):
-                return run.output.write_shard(run._file(self.index), shard, record)
-        run.output.write_beside(run._file(self.index), shard, record, lambda seconds: timed.add("write", seconds))
-        return record
-
-
-def _squares(tensor: Tensor) -> Tensor:
-    """Their sum, in float32."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()

@@ -14,7 +14,7 @@ from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import InputError
 from gptq_core.model.architecture import empty_model, find_decoder, linears_of, load_config
 from gptq_core.model.capture import Call
-from gptq_core.run import engine
+from gptq_core.run import block_work, engine
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 RECIPES = ("classic", "tuned", "best", "max")
@@ -83,7 +83,7 @@ def test_the_linears_that_write_to_the_residual_stream_are_found(architecture, w
         raise Spy
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Spy):
-        patch.setattr(engine.walk, "residual_writers", spy)
+        patch.setattr(block_work.walk, "residual_writers", spy)
         quantize(folder, tmp_path / "out", QuantizeConfig(bits=4, group_size=32, recipe="best"))
     assert seen == [writers]
 

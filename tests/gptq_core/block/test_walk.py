@@ -12,7 +12,7 @@ from gptq_core.block.stream import BlockStream
 from gptq_core.errors import UnsupportedModelError
 from gptq_core.model import capture
 from gptq_core.model.architecture import empty_model, find_decoder, linears_of
-from gptq_core.run import engine
+from gptq_core.run import block_work
 from gptq_core.run.engine import Quantization
 
 
@@ -58,7 +58,7 @@ def test_groups_are_found_in_call_order(tmp_path, monkeypatch):
         found.append(tuple(member.name.removeprefix("model.layers.0.") for member in members))
         return solve_group(members, *rest)
 
-    monkeypatch.setattr(engine, "solve_group", seen)
+    monkeypatch.setattr(block_work, "solve_group", seen)
     with Quantization.open(str(model), QuantizeConfig(bits=4, group_size=32), windows(), tmp_path / "out", device="cpu") as run:
         run.quantize_block(0)
     assert found == [

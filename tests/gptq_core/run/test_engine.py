@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gptq_core import Quantization, QuantizeConfig, load_quantized
 from gptq_core.errors import CorruptCheckpointError, FactorizationError, InputError, OutputHeldError
-from gptq_core.run import engine, identity
+from gptq_core.run import block_work, engine, identity
 
 W4 = QuantizeConfig(bits=4, group_size=32)
 
@@ -133,7 +133,7 @@ KILLED = textwrap.dedent("""
     from pathlib import Path
     from tiny import windows
     from gptq_core import Quantization, QuantizeConfig
-    from gptq_core.run import engine
+    from gptq_core.run import block_work, engine
     from gptq_core.checkpoint import writer
     model, out, block, moment = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     run = Quantization.open(str(model), QuantizeConfig(bits=4, group_size=32), windows(), out, device="cpu")
@@ -145,8 +145,8 @@ KILLED = textwrap.dedent("""
         append = run.output._append
         run.output._append = lambda record: die() if record.get("block") == block else append(record)
     else:
-        solve = engine.solve_group
-        engine.solve_group = lambda members, *rest: die() if f".{block}." in members[0].name else solve(members, *rest)
+        solve = block_work.solve_group
+        block_work.solve_group = lambda members, *rest: die() if f".{block}." in members[0].name else solve(members, *rest)
     for index in range(run.block_count):
         run.quantize_block(index)
     run.assemble()
@@ -219,7 +219,7 @@ def test_a_weight_leaves_when_it_is_solved(tmp_path, monkeypatch):
     read, alive = {}, []
     with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
         run.capture()
-        read_block, solve = run.stream.read_block, engine.solve_group
+        read_block, solve = run.stream.read_block, block_work.solve_group
 
         def reading(index):
             found = read_block(index)
@@ -231,19 +231,19 @@ def test_a_weight_leaves_when_it_is_solved(tmp_path, monkeypatch):
             return solve(members, *rest)
 
         monkeypatch.setattr(run.stream, "read_block", reading)
-        monkeypatch.setattr(engine, "solve_group", solving)
+        monkeypatch.setattr(block_work, "solve_group", solving)
         run.quantize_block(0)
     mlp = {"gate_proj", "up_proj", "down_proj"}
     assert alive == [{"q_proj", "k_proj", "v_proj", "o_proj"} | mlp, {"o_proj"} | mlp, mlp, {"down_proj"}]
 
 
-@pytest.mark.parametrize(("inputs", "times"), [(engine.LARGE_GROUP, 0), (128, 2)])
+@pytest.mark.parametrize(("inputs", "times"), [(block_work.LARGE_GROUP, 0), (128, 2)])
 def test_free_pages_are_given_back_before_large_groups(inputs, times, tmp_path, monkeypatch):
     """Of the tiny model's groups one in each of its two blocks, down_proj's, has 128 inputs, and none has more."""
     given = []
-    monkeypatch.setattr(engine, "LARGE_GROUP", inputs)
-    monkeypatch.setattr(engine.heap, "give_back", lambda: given.append(True))
-    monkeypatch.setattr(engine.heap, "let_go", lambda: None)  # which gives them back at the end
+    monkeypatch.setattr(block_work, "LARGE_GROUP", inputs)
+    monkeypatch.setattr(block_work.heap, "give_back", lambda: given.append(True))
+    monkeypatch.setattr(block_work.heap, "let_go", lambda: None)  # which gives them back at the end
     quantize(save_model("llama", tmp_path / "model"), tmp_path / "out", W4)
     assert len(given) == times
 
@@ -262,7 +262,7 @@ def test_a_failure_inside_a_block_can_be_retried(tmp_path, monkeypatch):
     quantize(model, tmp_path / "whole" / "out", W4)
     with Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu") as run:
         run.quantize_block(0)
-        monkeypatch.setattr(engine, "solve_group", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        monkeypatch.setattr(block_work, "solve_group", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(OSError, match="the disk is full"):
             run.quantize_block(1)
         monkeypatch.undo()
