@@ -20,6 +20,7 @@ from tasks.evaluation.scores import FAILURES
 from tasks.outcome import record as records
 from tasks.outcome.gate import judge
 from tasks.outcome.load import Sampler
+from tasks.progress import Advance
 from tasks.request.request import Request
 from tasks.steps.allocate import allocate
 from tasks.steps.evaluate import evaluate, measure
@@ -34,7 +35,7 @@ class Reporter(Protocol):
     def note(self, text: str) -> None: ...
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]: ...
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Steps:
 
     @classmethod
     def plain(cls) -> Steps:
-        return cls(**{field.name: field.default.fn for field in fields(cls)})
+        tasks = cls()
+        return cls(**{field.name: getattr(tasks, field.name).fn for field in fields(cls)})
 
 
 def compute(

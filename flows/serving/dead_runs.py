@@ -1,4 +1,4 @@
-"""Runs whose process was killed are told so by the next run on the same machine.
+"""Mark runs whose process was killed, from the next run on the same machine.
 
 Prefect learns how a run ended from the run itself or from the worker that started it. Where both were killed (kill -9, out of memory,
 power), or where the run was one by hand, it would stay Running for ever. So each run notes in its labels which process it is, and
@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from prefect import Flow, State
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, StateType
@@ -27,7 +28,7 @@ GRACE = datetime.timedelta(minutes=1)
 UNDER_WAY = [StateType.RUNNING, StateType.CANCELLING]
 
 
-def mark_dead_runs(_flow: Any, flow_run: FlowRun, _state: Any) -> None:
+def mark_dead_runs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A Prefect hook for `on_running`: note which process this run is, and mark the dead runs of this machine."""
     if (PROC / "self").exists():
         with get_client(sync_client=True) as client:
