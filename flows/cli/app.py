@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from flows.cli import report
 from flows.cli.launch import FAILED, fail, outcome, quiet, run, run_sweep, watched
@@ -36,7 +36,8 @@ class KeyHelp(TyperCommand):
         from tasks.config.reference import help_of
 
         for parameter in self.params:
-            parameter.help = re.sub(r"\{([a-z_.]+)\}", lambda found: escape(help_of(found[1])), getattr(parameter, "help", None) or "")
+            if isinstance(parameter, TyperOption) and parameter.help:
+                parameter.help = re.sub(r"\{([a-z_.]+)\}", lambda found: escape(help_of(found[1])), parameter.help)
         super().format_help(ctx, formatter)
 
 
@@ -47,9 +48,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE"
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
 
-def option(kind: Any, help: str, names: tuple[str, ...] = (), panel: str = "Common keys") -> Any:
+def option(help: str, *names: str, panel: str = "Common keys") -> Any:
     """An option that is None unless given, so that only then it overrides the config. {section.key} in its help: see KeyHelp."""
-    return Annotated[kind | None, typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)]
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
 
 
 @app.command(cls=KeyHelp)
@@ -67,19 +68,19 @@ def quantize(
     set_: Set = None,
     out: Out = None,
     overwrite: Overwrite = False,
-    model: option(str, "{model.path}") = None,
-    dataset: option(str, "{quantization.dataset}") = None,
-    bits: option(int, "{quantization.bits}") = None,
-    group_size: option(int, "{quantization.group_size}") = None,
-    format: option(str, "{quantization.format}") = None,
-    sym: option(bool, "{quantization.sym}", ("--sym/--asym",)) = None,
-    desc_act: option(bool, "{quantization.desc_act}", ("--desc-act/--no-desc-act",)) = None,
-    damp_percent: option(float, "{quantization.damp_percent}") = None,
-    samples: option(int, "{calibration.samples}", panel="Text") = None,
-    seqlen: option(int, "{calibration.seqlen} Sets calibration.seqlen and evaluation.seqlen.", panel="Text") = None,
-    seed: option(int, "{calibration.seed}", panel="Text") = None,
-    eval_dataset: option(str, "{evaluation.dataset}", panel="Text") = None,
-    device: option(str, "{model.device}") = None,
+    model: Annotated[str | None, option("{model.path}")] = None,
+    dataset: Annotated[str | None, option("{quantization.dataset}")] = None,
+    bits: Annotated[int | None, option("{quantization.bits}")] = None,
+    group_size: Annotated[int | None, option("{quantization.group_size}")] = None,
+    format: Annotated[str | None, option("{quantization.format}")] = None,
+    sym: Annotated[bool | None, option("{quantization.sym}", "--sym/--asym")] = None,
+    desc_act: Annotated[bool | None, option("{quantization.desc_act}", "--desc-act/--no-desc-act")] = None,
+    damp_percent: Annotated[float | None, option("{quantization.damp_percent}")] = None,
+    samples: Annotated[int | None, option("{calibration.samples}", panel="Text")] = None,
+    seqlen: Annotated[int | None, option("{calibration.seqlen} Sets calibration.seqlen and evaluation.seqlen.", panel="Text")] = None,
+    seed: Annotated[int | None, option("{calibration.seed}", panel="Text")] = None,
+    eval_dataset: Annotated[str | None, option("{evaluation.dataset}", panel="Text")] = None,
+    device: Annotated[str | None, option("{model.device}")] = None,
 ) -> None:
     """Quantize a model by CONFIG; options and [bold]--set[/bold] override it, or replace it."""
     with outcome():
@@ -151,10 +152,10 @@ def sweep(
     grid: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE,VALUE", help="Axis of the grid; may be repeated.")] = None,
     set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="{sweep.dir}", show_default=False)] = None,
-    mode: option(str, "{sweep.mode}", panel="Options") = None,
-    max_parallel: option(int, "{sweep.max_parallel}", panel="Options") = None,
-    runner: option(str, "{sweep.runner}", panel="Options") = None,
-    address: option(str, "{sweep.ray_address}", panel="Options") = None,
+    mode: Annotated[str | None, option("{sweep.mode}", panel="Options")] = None,
+    max_parallel: Annotated[int | None, option("{sweep.max_parallel}", panel="Options")] = None,
+    runner: Annotated[str | None, option("{sweep.runner}", panel="Options")] = None,
+    address: Annotated[str | None, option("{sweep.ray_address}", panel="Options")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -179,12 +180,12 @@ def sweep(
 @app.command(cls=KeyHelp)
 def evaluate(
     checkpoint: Checkpoint,
-    dataset: option(str, "{evaluate.dataset}", panel="Options") = None,
-    model: option(str, "{evaluate.model}", panel="Options") = None,
-    seqlen: option(int, "{evaluate.seqlen}", panel="Options") = None,
-    samples: option(int, "{evaluate.samples}", panel="Options") = None,
+    dataset: Annotated[str | None, option("{evaluate.dataset}", panel="Options")] = None,
+    model: Annotated[str | None, option("{evaluate.model}", panel="Options")] = None,
+    seqlen: Annotated[int | None, option("{evaluate.seqlen}", panel="Options")] = None,
+    samples: Annotated[int | None, option("{evaluate.samples}", panel="Options")] = None,
     device: Annotated[str, typer.Option(help="{evaluate.device}")] = "auto",
-    backend: option(str, "{evaluate.backend}", panel="Options") = None,
+    backend: Annotated[str | None, option("{evaluate.backend}", panel="Options")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a checkpoint, and its KL from the original model if that is known."""
@@ -239,7 +240,7 @@ def dequantize(checkpoint: Checkpoint, out: Annotated[Path, typer.Argument(help=
 @app.command()
 def track_pending(
     outbox: Annotated[Path, typer.Option(help="Folder of the notes: tracking.outbox of the runs.")] = Path("runs/outbox"),
-    uri: option(str, "MLflow tracking URI to log to, or env:NAME. Default: that of each run.", panel="Options") = None,
+    uri: Annotated[str | None, option("MLflow tracking URI to log to, or env:NAME. Default: that of each run.", panel="Options")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Log to MLflow, and register there, the runs and sweeps that it did not take when they ended."""

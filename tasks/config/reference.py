@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "reference.md"
 WIDTH, COLUMN = 140, 35
 KEY = re.compile(r"(?P<indent> *)(?P<off># )?(?P<key>[a-z_]+):(?P<value>( .*?)??)(  +#.*)?")
 """A line of a YAML with a key; `off`: it is commented out."""
-FIRST = {"run": RunConfig, "sweep": SweepConfig, "evaluate": EvaluationRequest}
+FIRST: dict[str, type[Schema]] = {"run": RunConfig, "sweep": SweepConfig, "evaluate": EvaluationRequest}
 SETS = sorted({key for fields in RECIPES.values() for key in fields}, key=list(QuantizeConfig.model_fields).index)
 """Keys of quantization that a recipe sets."""
 
@@ -43,8 +43,11 @@ def section(schema: type[Schema] | None, key: str) -> type[Schema] | None:
     """Schema of the keys below `key`, or None where it holds a value."""
     if schema is None or key not in schema.model_fields:
         return None
-    annotation = schema.model_fields[key].annotation
-    return next((kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Schema)), None)
+    annotation: Any = schema.model_fields[key].annotation
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Schema):
+            return kind
+    return None
 
 
 def help_of(key: str) -> str:
@@ -58,7 +61,8 @@ def help_of(key: str) -> str:
 
 def commented(text: str, schema: type[Schema]) -> str:
     """A YAML of this schema with the comments beside its keys made from it."""
-    lines, inside = [], {0: schema}
+    lines: list[str] = []
+    inside: dict[int, type[Schema] | None] = {0: schema}
     for line in text.splitlines():
         found = KEY.fullmatch(line)
         if found and (owner := inside.get(len(found["indent"]))) and found["key"] in owner.model_fields:
@@ -88,7 +92,7 @@ def values(field: dict[str, Any]) -> str:
     words = {"boolean": "`true`, `false`", "null": "`null`", "string": "text", "integer": "integer", "number": "number"}
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     limits = " and ".join(f"{word} {field[name]}" for name, word in bounds.items() if name in field)
-    return f"{words.get(field.get('type'), 'mapping')} {limits}".strip()
+    return f"{words.get(field.get('type', ''), 'mapping')} {limits}".strip()
 
 
 def default(schema: type[Schema], key: str) -> str:
@@ -159,7 +163,7 @@ def page() -> str:
 def files() -> Iterator[tuple[Path, str]]:
     """Every file with text from the schemas, and what it must hold."""
     yield PAGE, page()
-    configs = {ROOT / "configs" / "quantize.yaml": RunConfig, ROOT / "configs" / "sweep.yaml": SweepConfig}
+    configs: dict[Path, type[Schema]] = {ROOT / "configs" / "quantize.yaml": RunConfig, ROOT / "configs" / "sweep.yaml": SweepConfig}
     for preset in sorted(PRESETS.glob("*.yaml")):
         kind = yaml.safe_load(preset.read_text(encoding="utf-8"))["kind"]
         configs[preset] = TasksMeasure if kind == "tasks" else PerplexityMeasure

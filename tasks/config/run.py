@@ -286,7 +286,7 @@ class RunConfig(Schema):
     def width(self) -> str:
         """Bits, or their budget, and group size as in names: w4g128."""
         group = "row" if self.quantization.group_size == -1 else self.quantization.group_size
-        width, wanted = self.quantization.bits, self.quantization.allocate
+        width, wanted = str(self.quantization.bits), self.quantization.allocate
         if wanted:
             width = f"{wanted.budget_bpw:g}" if wanted.budget_bpw is not None else f"{wanted.budget_gb:g}gb-"
         return f"w{width}g{group}"
