@@ -233,7 +233,7 @@ def test_an_option_sets_the_key_that_its_help_names(name, words, key, value, bro
         seen.append(config)
         raise OutputHeldError("far enough")
 
-    for place in ("flows.cli.app.run", "flows.cli.app.run_sweep", "flows.evaluation_request.prepare_evaluation"):
+    for place in ("flows.cli.app.run", "flows.cli.app.run_sweep", "flows.evaluation_request.open_evaluation"):
         monkeypatch.setattr(place, keep)
     start = {"quantize": ["run.yaml"], "sweep": ["run.yaml", "--grid", "group_size=32,64"], "evaluate": ["good"]}[name]
     result = call(name, *start, *words.split())
