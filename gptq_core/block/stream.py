@@ -89,9 +89,9 @@ class BlockStream:
             heap.keep()
 
     @classmethod
-    def open(cls, model: Model, *, dtype: str, device: str, revision: str | None = None) -> BlockStream:
+    def open(cls, model: Model, *, dtype: str, device: str) -> BlockStream:
         """Raises InputError for a folder, hub id or device that cannot be used, UnsupportedModelError for the architecture."""
-        opened = open_model(model, revision)
+        opened = open_model(model)
         target = architecture.choose_device(device)
         return cls(opened, target, architecture.choose_dtype(dtype, opened.config, target))
 

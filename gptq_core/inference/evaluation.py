@@ -26,7 +26,7 @@ from gptq_core.errors import CorruptCheckpointError, EvaluationError, InputError
 from gptq_core.inference import backends
 from gptq_core.inference.linear import load_quantized, to_dense
 from gptq_core.model.architecture import choose_device, judging_dtype
-from gptq_core.model.opened import Model, open_model
+from gptq_core.model.opened import Model, OpenedModel, open_model
 
 LOGITS_AT_ONCE = 2**22
 """Logits that are held at a time, tokens × vocabulary: 16 MiB in float32 stay in a processor's cache."""
@@ -96,12 +96,12 @@ class Comparison:
         }
 
 
-def load_for_evaluation(model: Model, device: str = "auto", revision: str | None = None, backend: str | None = None) -> PreTrainedModel:
+def load_for_evaluation(model: Model, device: str = "auto", backend: str | None = None) -> PreTrainedModel:
     """A dense model or a quantized checkpoint, ready to run: float32 on the CPU, the model's own dtype on a GPU.
 
     backend: as in `load_quantized`; a kernel of GPTQModel runs in the dtype that it takes, and only a quantized checkpoint.
     """
-    opened, target = open_model(model, revision), choose_device(device)
+    opened, target = open_model(model), choose_device(device)
     if backends.named(backend):
         return load_quantized(opened, device=target, backend=backend)
     dtype = judging_dtype(opened.config, target)
@@ -171,27 +171,25 @@ def evaluate_pair(
     stored: a file that `store_original` wrote for this original and these windows; the original is not run then.
     """
     model = load_for_evaluation(checkpoint, device, backend=backend)
-    originals = _originals(original, windows, device, revision) if stored is None else _stored(Path(stored), windows)
+    originals = _originals(open_model(original, revision), windows, device) if stored is None else _stored(Path(stored), windows)
     comparison = Comparison(kl)
     for answer, (found, targets) in zip(originals, _judged(model, windows, progress), strict=True):
         comparison.add(answer.to(found.device), found, targets)
     return {**comparison.figures(), "windows": windows.count}
 
 
-def original_bytes(model: Model, windows: Windows, revision: str | None = None) -> int:
+def original_bytes(model: OpenedModel, windows: Windows) -> int:
     """Size of the file that `store_original` would write."""
-    vocabulary: int = open_model(model, revision).config.get_text_config(decoder=True).vocab_size
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
     return 4 * windows.count * (windows.seqlen - 1) * vocabulary
 
 
-def store_original(
-    model: Model, windows: Windows, path: Path, *, revision: str | None = None, device: str = "auto", progress: Progress | None = None
-) -> None:
+def store_original(model: Model, windows: Windows, path: Path, *, device: str = "auto", progress: Progress | None = None) -> None:
     """Run the original once for many checkpoints: its log-probabilities, float32 (windows, seqlen − 1, vocabulary), as .npy.
 
     The file appears whole or not at all. What is read from it is bit for bit what the model computes on the same device.
     """
-    loaded = load_for_evaluation(model, device, revision)
+    loaded = load_for_evaluation(model, device)
     vocabulary = vocabulary_of(loaded)
     draft, first = path.with_name(f".{os.getpid()}-{path.name}"), 0
     kept = np.lib.format.open_memmap(draft, "w+", np.float32, (windows.count, windows.seqlen - 1, vocabulary))
@@ -203,8 +201,8 @@ def store_original(
     draft.replace(path)
 
 
-def _originals(model: Model, windows: Windows, device: str, revision: str | None) -> Iterator[Tensor]:
-    for found, _ in _judged(load_for_evaluation(model, device, revision), windows):
+def _originals(model: OpenedModel, windows: Windows, device: str) -> Iterator[Tensor]:
+    for found, _ in _judged(load_for_evaluation(model, device), windows):
         yield found
 
 

@@ -33,7 +33,7 @@ from gptq_core.data.windows import Windows
 from gptq_core.errors import InputError
 from gptq_core.inference import backends
 from gptq_core.model import architecture
-from gptq_core.model.opened import Model
+from gptq_core.model.opened import Model, open_model
 from gptq_core.model.selection import Selection
 from gptq_core.run import assembly
 from gptq_core.run.block_work import BlockWork
@@ -95,7 +95,7 @@ class Quantization:
         nothing was touched) or OutputHeldError.
         """
         with ExitStack() as on_failure:  # whatever goes wrong, memory and lock are given back
-            stream = BlockStream.open(model, dtype=dtype, device=device, revision=revision)
+            stream = BlockStream.open(open_model(model, revision), dtype=dtype, device=device)
             on_failure.callback(stream.close)
             check_token_ids(windows, stream.model.config, "calibration")
             if config.tuning_steps and windows.count < 2:

@@ -19,7 +19,7 @@ from gptq_core.config import QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.kernels import dispatch
 from gptq_core.model import architecture
-from gptq_core.model.opened import Model, open_model
+from gptq_core.model.opened import OpenedModel
 
 
 @functools.cache
@@ -57,8 +57,8 @@ def identity(source: Checkpoint, config: QuantizeConfig, windows: Windows, devic
     }
 
 
-def request_key(model: Model, config: QuantizeConfig, windows: Windows, *, device: str, dtype: str, revision: str | None = None) -> str:
+def request_key(model: OpenedModel, config: QuantizeConfig, windows: Windows, *, device: str, dtype: str) -> str:
     """The content key of a run before it is opened, also of one whose widths are still to be chosen."""
-    opened, target = open_model(model, revision), architecture.choose_device(device)
-    chosen = architecture.choose_dtype(dtype, opened.config, target)
-    return content_key(identity(opened.source, config, windows, target, chosen))
+    target = architecture.choose_device(device)
+    chosen = architecture.choose_dtype(dtype, model.config, target)
+    return content_key(identity(model.source, config, windows, target, chosen))

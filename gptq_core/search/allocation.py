@@ -39,7 +39,7 @@ from gptq_core.method import solver
 from gptq_core.method.factor import factorize
 from gptq_core.method.hessian import Hessian
 from gptq_core.model.architecture import head_name
-from gptq_core.model.opened import Model
+from gptq_core.model.opened import Model, open_model
 from gptq_core.model.selection import Selection, bits_on_disk, units_of
 from gptq_core.work_sizes import PROBE_TOKENS, PROBED_WIDTHS
 
@@ -118,7 +118,7 @@ def allocate(
 ) -> Allocation:
     """Choose widths as `config.allocate` says. Raises InputError as Quantization.open does, and for a budget out of range."""
     plain = config.model_copy(update={"allocate": None, "target_shift": 0.0, "residual_shift": 0.0, "tuning_steps": 0})
-    with BlockStream.open(model, dtype=dtype, device=device, revision=revision) as stream:
+    with BlockStream.open(open_model(model, revision), dtype=dtype, device=device) as stream:
         check_token_ids(windows, stream.model.config, "calibration")
         selected = stream.model.select(plain)
         budget_of(config, selected)
