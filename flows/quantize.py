@@ -60,8 +60,8 @@ def quantize(config: RunConfig) -> Any:
         )
     demand(config, record)
     if record["unchanged"] and record["finished_ms"] < started:
-        told = f"unchanged: {config.out} is of this model, text and config; nothing was done"
-        return Completed(name="Unchanged", message=told, data=record)
+        message = f"unchanged: {config.out} is of this model, text and config; nothing was done"
+        return Completed(name="Unchanged", message=message, data=record)
     return record
 
 

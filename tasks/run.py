@@ -1,7 +1,7 @@
 """One run, from the texts to the evaluated checkpoint: the same steps in a Prefect flow and in the worker of a sweep.
 
-The checkpoint is published before it is evaluated: an evaluation that fails costs its numbers and never the checkpoint. Work
-that is finished is not done twice: then the record is told as it stands, and only what is missing is made up for.
+The checkpoint is published before it is evaluated: an evaluation that fails costs its numbers and never the checkpoint. Finished work
+is not done twice: its record is returned, with those parts computed that it lacks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tasks.steps.quantize import assemble, capture_calibration, quantize_block
 
 
 class Reporter(Protocol):
-    """Who is told how far a run is."""
+    """Receives the progress of a run."""
 
     def note(self, text: str) -> None: ...
 
@@ -40,7 +40,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Steps:
-    """The Prefect tasks of a run; `plain()` are their functions, which ask no server."""
+    """The Prefect tasks of a run; `plain()` are their functions, which need no server."""
 
     prepare_dataset: Callable[..., Any] = prepare_dataset
     allocate: Callable[..., Any] = allocate
@@ -120,7 +120,7 @@ def _compute(
 
 
 def _allocate(request: Request, report: Reporter, steps: Steps) -> dict[str, Any] | None:
-    """Choose the widths of the linears where that was not done before; their record, or None where none are asked for."""
+    """Choose the widths of the linears where that was not done before; their record, or None without quantization.allocate."""
     job = request.job  # so that no other run writes there meanwhile
     if job.config.allocate:
         with report.stage("allocate bits", job.block_count) as advance:

@@ -1,4 +1,4 @@
-"""What every command does around its work: checks before Prefect is asked, one line for what a person can mend, an exit code.
+"""What every command does around its work: checks before Prefect starts, one line for an error that a person can mend, an exit code.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or config; 75 the output is held by another run; 130 interrupted.
 """
@@ -143,7 +143,7 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
     guard_own_server()
     keep_loopback_from_proxies()
-    # what they would tell is told by one line of ours: migrations, retries of a server that is away, events that it misses
+    # one line of ours reports what these loggers would: migrations, retries of a server that is away, events that it misses
     levels = {
         "alembic": logging.WARNING,
         "urllib3.connectionpool": logging.ERROR,
@@ -164,8 +164,8 @@ def quiet() -> None:
 
     def ours(entry: logging.LogRecord) -> bool:
         signs = ("aborted by an interrupt signal", "failed with state", "Finished in state Failed")
-        told = any(sign in entry.getMessage() for sign in signs)
-        return told or bool(entry.exc_info and isinstance(entry.exc_info[1], GPTQError))
+        reported = any(sign in entry.getMessage() for sign in signs)
+        return reported or bool(entry.exc_info and isinstance(entry.exc_info[1], GPTQError))
 
     # these end as one line of ours: Prefect's traceback on top would bury it
     for name in ("prefect.flow_runs", "prefect.task_runs"):

@@ -53,7 +53,7 @@ class Measures:
         """What a record's measures are known by: what was requested, the texts and data, and what ran it; None without measures."""
         if not self.config.evaluation.measures:
             return None
-        wanted = [[measure.model_dump(mode="json"), self._data(measure)] for measure in self.config.evaluation.measures]
+        wanted = [[measure.model_dump(mode="json"), self.data_of(measure)] for measure in self.config.evaluation.measures]
         return hashlib.sha256(json.dumps([wanted, self.config.evaluation_backend, self.config.evaluation.runner]).encode()).hexdigest()
 
     def check(self, seen: Windows) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ class Measures:
         for measure in self.config.evaluation.measures:
             if isinstance(measure, TasksMeasure):
                 lm_eval_harness.find_tasks(measure)
-            elif shared := overlapping(seen.tokens, self._windows(measure).tokens, f"measure {measure.label}"):
+            elif shared := overlapping(seen.tokens, self.windows_of(measure).tokens, f"measure {measure.label}"):
                 if self.config.evaluation.strict:
                     raise InputError(f"{shared}: give another text, or set evaluation.strict: false")
                 notes.append(f"{shared}: its numbers are better than they would be on unseen text")
@@ -88,13 +88,14 @@ class Measures:
         for measure in self.config.evaluation.measures:
             judge.original(measure)
 
-    def _data(self, measure: PerplexityMeasure | TasksMeasure) -> Any:
+    def data_of(self, measure: PerplexityMeasure | TasksMeasure) -> Any:
         """Digests of what is measured on, as far as it lies on this disk."""
         if isinstance(measure, PerplexityMeasure):
-            return self._windows(measure).digest
+            return self.windows_of(measure).digest
         return [[path.name, file_sha256(path)] for path in lm_eval_harness.data_files(measure)]
 
-    def _windows(self, measure: PerplexityMeasure) -> Windows:
+    def windows_of(self, measure: PerplexityMeasure) -> Windows:
+        """The text of a measure, cut for this model."""
         what = self.model.folder, measure.dataset, measure.seqlen, measure.samples
         if what not in self._texts:
             seqlen = min(measure.seqlen, model_limits(self.model))
@@ -140,7 +141,7 @@ class _Judge:
         """sha256 of what decides the original's scores: model, measure, its text or data, device and libraries."""
         source = self.measures.model.source
         tokenizer = [[path.name, file_sha256(path)] for path in sorted(source.folder.glob("*token*")) if path.is_file()]
-        data = [self.measures._data(wanted), tokenizer]
+        data = [self.measures.data_of(wanted), tokenizer]
         versions = [torch.__version__, transformers.__version__, version("lm_eval"), choose_device(self.config.model.device).type]
         asked = wanted.model_dump(mode="json", exclude={"include", "name", "batch_size"})
         what = [source.digest(), asked, data, versions, self.config.evaluation.runner == "vllm"]
@@ -150,7 +151,7 @@ class _Judge:
         """{"scores": by name and metric, "version", "shots"}."""
         device = self.config.model.device
         if isinstance(wanted, PerplexityMeasure):
-            windows = self.measures._windows(wanted)
+            windows = self.measures.windows_of(wanted)
             loaded = self._model("perplexity", model, lambda: load_for_evaluation(model, device, backend=backend))
             tokens = windows.seqlen - 1
             samples = [[-loss, tokens] for loss in window_losses(loaded, windows)]

@@ -56,7 +56,7 @@ def foresee(config: RunConfig, model: OpenedModel, rates: bool = False) -> Fores
 
 
 def _texts(config: RunConfig, model: OpenedModel) -> Texts:
-    """The windows that the config asks for, and no more than a text of that size can hold."""
+    """The windows that the config names, and no more than a text of that size can hold."""
     calibration, evaluation = config.calibration, config.evaluation
     limit = model_limits(model)
     seqlen, evaluation_seqlen = min(calibration.seqlen, limit), min(evaluation.seqlen, limit)

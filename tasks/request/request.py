@@ -1,4 +1,4 @@
-"""One run as it was asked for: checked and opened once, and handed on from the command line to the flow and to `tasks.run.compute`.
+"""One run as it was requested: checked and opened once, and handed on from the command line to the flow and to `tasks.run.compute`.
 
     requests = Requests()
     with requests.of(requests.placed(config)) as request:
@@ -37,7 +37,7 @@ KEY = "{key}"
 
 
 class Request:
-    """A run that was asked for. Everything about it is found when it is first needed, and kept. Closed by `close` or `with`."""
+    """A requested run. Everything about it is found when it is first needed, and kept. Closed by `close` or `with`."""
 
     def __init__(self, config: RunConfig, requests: Requests, texts: RunTexts | None = None) -> None:
         self.config, self._requests = config, requests
@@ -55,7 +55,7 @@ class Request:
         self.close()
 
     def close(self) -> None:
-        """Release the output and the engine's memory. What is asked of `job` afterwards opens both again."""
+        """Release the output and the engine's memory. The next use of `job` opens both again."""
         job, self._job = self._job, None
         if job:
             job.close()

@@ -18,16 +18,11 @@ from tasks.steps.opaque import Opaque
 @task(name="allocate", cache_policy=NO_CACHE)
 def allocate(request: Opaque[Request], progress: Opaque[Progress]) -> None:
     """Choose the widths and write them to the request's allocation file: an Allocation's record, with key, shares and seconds."""
-    asked, started = request.value, time.perf_counter()
-    config = asked.config
+    run, started = request.value, time.perf_counter()
+    model = run.config.model
     chosen = allocation.allocate(
-        asked.model,
-        config.quantization,
-        asked.texts.calibration,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        progress=progress.value,
+        run.model, run.config.quantization, run.texts.calibration, device=model.device, dtype=model.dtype, progress=progress.value
     )
-    record = {"key": asked.key, "seconds": time.perf_counter() - started, "shares": chosen.shares, **chosen.record()}
-    asked.allocation_file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(asked.allocation_file, (json.dumps(record, indent=2) + "\n").encode())
+    record = {"key": run.key, "seconds": time.perf_counter() - started, "shares": chosen.shares, **chosen.record()}
+    run.allocation_file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(run.allocation_file, (json.dumps(record, indent=2) + "\n").encode())
