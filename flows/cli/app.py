@@ -299,7 +299,7 @@ def ui(
 
 def settings(pairs: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
     """Overrides by dotted key: the options that were given, and `--set` on top of them."""
-    from tasks.config.run import parse_setting
+    from tasks.config.overrides import parse_setting
 
     return {key: value for key, value in options.items() if value is not None} | dict(parse_setting(pair) for pair in pairs or [])
 

@@ -330,17 +330,6 @@ OPTIONAL = tuple(room for room, field in RunConfig.model_fields.items() if field
 """Sections that may be null, `gate` and `notify`; the others have defaults or are required."""
 
 
-def parse_setting(setting: str) -> tuple[str, Any]:
-    """`key.path=value` as a dotted key and its YAML value."""
-    key, equals, value = setting.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"--set {setting}: expected key.path=value, such as quantization.group_size=64")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {setting}: the value is not valid YAML ({_where(error)})") from error
-
-
 def from_dict(data: dict[str, Any], overrides: dict[str, Any] | None = None) -> RunConfig:
     """A RunConfig from nested keys, with dotted `overrides` on top. Raises one InputError of one line for all problems."""
     # an empty section (`evaluation:` with all its keys commented out) means its defaults, and no gate or hooks at all
@@ -376,13 +365,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"config file {path} is not valid YAML ({_where(error)})") from error
+        raise InputError(f"config file {path} is not valid YAML ({where(error)})") from error
     if not isinstance(data, dict):
         raise InputError(f"config file {path}: must hold sections such as model: and quantization:")
     return {str(key): value for key, value in data.items()}
 
 
-def _where(error: yaml.YAMLError) -> str:
+def where(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or "unreadable"
     return f"line {mark.line + 1}: {problem}" if mark else problem

@@ -8,7 +8,8 @@ import yaml
 from flows.demo import demo_config
 from gptq_core.config import RECIPES, QuantizeConfig
 from gptq_core.errors import InputError
-from tasks.config.run import RunConfig, from_dict, load, parse_setting, without_password
+from tasks.config.overrides import parse_setting
+from tasks.config.run import RunConfig, from_dict, load, without_password
 
 LEAST = {"model": {"path": "m"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
 
@@ -255,3 +256,29 @@ def test_the_tracking_uri_may_stand_in_the_environment(monkeypatch):
 )
 def test_a_password_in_an_address_or_a_message_becomes_stars(text):
     assert "SECRET" not in without_password(text) and "***" in without_password(text)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("output.dir=2024-11-28", "2024-11-28"),
+        ("output.dir=1:30", "1:30"),
+        ("model.revision=0123456", "0123456"),
+        ("model.revision=null", None),
+        ("tracking.experiment=2024", "2024"),
+        ("tracking.experiment=no", "no"),
+        ("tracking.experiment=null", "null"),
+        ("tracking.experiment='2024'", "2024"),
+        ("gate.alias=1e3", "1e3"),
+        ("quantization.dataset=[a.txt, b.txt]", ["a.txt", "b.txt"]),
+        ("quantization.dataset=2024.0", "2024.0"),
+        ("quantization.damp_percent=0.1", 0.1),
+        ("quantization.bits=4", 4),
+        ("quantization.sym=no", False),
+        ("evaluation.samples=null", None),
+        ("model.path=123", "123"),
+        ("nothing.known=123", 123),
+    ],
+)
+def test_a_text_is_taken_as_it_was_typed(setting, value):
+    assert parse_setting(setting)[1] == value

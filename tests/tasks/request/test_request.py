@@ -4,7 +4,8 @@ import pytest
 
 import tasks.request.request
 from gptq_core.errors import InputError
-from tasks.config.run import from_dict, parse_setting
+from tasks.config.overrides import parse_setting
+from tasks.config.run import from_dict
 from tasks.request.request import Requests
 from tasks.steps.allocate import allocate
 from tasks.steps.evaluate import evaluate
