@@ -6,14 +6,12 @@ The parts around the blocks run for real, on weights of one repeated zero, becau
 
 Fused attention is taken as fused: its kernels never hold the square of the window, which its meta form would.
 
-`resident` computes what that takes in a process. A large tensor is mapped and goes back to the system when it is released. Below
-ON_HEAP it lies in the C library's heap, where a hole that one tensor leaves is often too small for the next: what the walk keeps for
-every batch at once then takes up to twice its size. The heap is simulated: best fit, neighbours joined, as glibc does it.
+`resident` adds up what all batches hold in a process. A large tensor is mapped and goes back to the system when it is released. Below
+ON_HEAP it lies in the C library's heap, where the hole that one tensor leaves is often too small for the next: FRAGMENTATION.
 """
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gptq_core.block import walk
 from gptq_core.model import architecture, capture
 from gptq_core.model.architecture import Decoder
-from gptq_core.runtime.heap import KEPT, ON_HEAP
+from gptq_core.runtime.heap import ON_HEAP
 
-ALIGNMENT = 128
-"""Bytes beyond its size that an aligned allocation looks for, so that the hole of an equal tensor does not do for it."""
-SIMULATED = 64
-"""Batches after which the heap is taken to grow in proportion."""
+FRAGMENTATION = 1.5
+"""Memory that small tensors of many batches keep resident, as a multiple of their size: fitted to the peaks of runs of small models."""
 
 Events = tuple[tuple[int, int], ...]
 """(number of a storage, its bytes when it is made or 0 when it is released), in order."""
@@ -46,20 +42,20 @@ class Footprint:
     events: tuple[Events, ...]
     """Before the first group, between the groups, and behind the last one."""
     entering: int
-    """The hidden states, which are made outside the block."""
+    """The hidden states, which exist before the block runs."""
     made: int
     """All tensors that the forward makes, one after another."""
     assumed: bool = False
-    """The block asks for values, which shapes do not have: what its linears make is taken to be kept, and each to stand alone."""
+    """The block reads values, which the meta device does not have. Every linear is then taken for a group of its own, its output kept."""
 
     @property
-    def live(self) -> list[int]:
-        """Held while the window waits at each group, without what entered."""
-        held: dict[int, int] = {}
+    def held(self) -> list[list[int]]:
+        """Sizes of the storages held while the window waits at each group, without what entered."""
+        alive: dict[int, int] = {}
         found = []
         for part in self.events[:-1]:
-            held |= dict(part)
-            found.append(sum(held.values()))
+            alive |= dict(part)
+            found.append([size for size in alive.values() if size])
         return found
 
     @property
@@ -74,7 +70,7 @@ class Footprint:
 
 
 class _Follow(TorchDispatchMode):
-    """Follows storages. Views of known storages, and tensors that come in from outside, are not counted as made."""
+    """Follows the storages that a forward makes; views of earlier storages and tensors from outside do not count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
@@ -208,77 +204,11 @@ class Resident:
 def resident(footprint: Footprint, windows: int, windows_at_once: int, streams: int, heap: bool) -> Resident:
     """The walk of `windows` windows, `windows_at_once` a batch, through `streams` copies of the block, group by group.
 
-    heap: where tensors lie in a process's memory; else on a device whose allocator is asked only for what is live.
+    heap: tensors lie in a process's memory, where small ones fragment the C library's heap; else on a device, which holds what is live.
     """
-    batches = max(1, -(-windows // windows_at_once))
-    if not heap:
-        at = [live * windows * streams for live in footprint.live]
-        return Resident(tuple(at), max(at) + footprint.highest * min(windows, windows_at_once) * streams)
-    simulated = min(batches, SIMULATED)
-    share = windows / (simulated * windows_at_once) if batches > SIMULATED else 1.0
-    memory, at = _Heap(), []
-    for part in footprint.events:
-        for stream in range(simulated * streams):
-            size = min(windows_at_once, windows - stream // streams * windows_at_once)
-            for number, count in part:
-                memory.take((stream, number), count * size) if count else memory.give((stream, number))
-        at.append(memory.high + memory.mapped)
-    return Resident(tuple(int(held * share) for held in at[:-1]), int(memory.highest * share))
-
-
-class _Heap:
-    """Which addresses are in use: best fit, free neighbours joined, the end given back when it grows long."""
-
-    def __init__(self) -> None:
-        self.top = self.high = self.mapped = self.highest = 0
-        self._free: list[tuple[int, int]] = []  # (size, start), sorted
-        self._starts: dict[int, int] = {}  # of free ranges, to their sizes
-        self._ends: dict[int, int] = {}  # of free ranges, to their starts
-        self._used: dict[Any, tuple[int, int]] = {}
-
-    def take(self, key: Any, size: int) -> None:
-        start = -1
-        if size >= ON_HEAP:
-            self.mapped += size
-        else:
-            place = bisect.bisect_left(self._free, (size + ALIGNMENT, 0))
-            if place < len(self._free):
-                free, start = self._free[place]
-                self._forget(start, free)
-                if free > size:
-                    self._remember(start + size, free - size)
-            else:
-                start = self.top
-                self.top += size
-                self.high = max(self.high, self.top)
-        self._used[key] = (start, size)
-        self.highest = max(self.highest, self.high + self.mapped)
-
-    def give(self, key: Any) -> None:
-        start, size = self._used.pop(key)
-        if start < 0:
-            self.mapped -= size
-            return
-        if start + size in self._starts:
-            after = self._starts[start + size]
-            self._forget(start + size, after)
-            size += after
-        if start in self._ends:
-            before = self._ends[start]
-            size += start - before
-            self._forget(before, start - before)
-            start = before
-        if start + size < self.top:
-            self._remember(start, size)
-            return
-        self.top = start
-        if self.high - self.top > KEPT:
-            self.high = self.top
-
-    def _remember(self, start: int, size: int) -> None:
-        bisect.insort(self._free, (size, start))
-        self._starts[start], self._ends[start + size] = size, start
-
-    def _forget(self, start: int, size: int) -> None:
-        del self._free[bisect.bisect_left(self._free, (size, start))]
-        del self._starts[start], self._ends[start + size]
+    batch = min(windows, windows_at_once)
+    at = []
+    for sizes in footprint.held:
+        small = sum(size for size in sizes if size * batch < ON_HEAP) if heap else 0
+        at.append(int((sum(sizes) + (FRAGMENTATION - 1) * small) * windows * streams))
+    return Resident(tuple(at), max(at) + footprint.highest * batch * streams)
