@@ -8,7 +8,6 @@ written. Nothing in the folder depends on the clock: a resumed run gives the sam
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from gptq_core.checkpoint.finite import check_finite
 from gptq_core.checkpoint.reader import file_sha256
-from gptq_core.errors import CorruptCheckpointError, InputError, OutputHeldError
+from gptq_core.errors import CorruptCheckpointError, InputError
+from gptq_core.runtime.lock import hold
 
 MANIFEST = "manifest.jsonl"
 
@@ -40,21 +40,7 @@ class OutputFolder:
         for path in (self.out, self.partial):
             if path.exists() and not path.is_dir():
                 raise InputError(f"output.dir = {str(out)!r}: {path} is a file; choose another folder")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(out.with_name(out.name + ".lock"), "a+")  # noqa: SIM115 - held until close()
-        except OSError as error:
-            raise InputError(f"output.dir = {str(out)!r}: cannot be written ({error.strerror}); choose another folder") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another run"
-            self._lock.close()
-            raise OutputHeldError(f"output.dir = {str(out)!r} is held by {holder}; wait for it or choose another folder") from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()}\n")
-        self._lock.flush()
+        self._lock = hold(out.with_name(out.name + ".lock"), f"output.dir = {str(out)!r}")
 
     def close(self) -> None:
         """Wait for pending writes, and release the lock."""

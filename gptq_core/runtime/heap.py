@@ -10,6 +10,7 @@ Nothing here does anything where the C library is not glibc.
 from __future__ import annotations
 
 import ctypes
+import sys
 
 ON_HEAP = 32 << 20
 """Bytes from which glibc always maps an allocation of its own: its DEFAULT_MMAP_THRESHOLD_MAX. Below, it learns to use the heap."""
@@ -42,5 +43,7 @@ def _set(parameter: int, value: int) -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":  # elsewhere there is no library to load by the name of None, or another one
+        return None
     library = ctypes.CDLL(None)
     return library if hasattr(library, "malloc_trim") else None  # others have a mallopt too, with numbers of their own

@@ -7,7 +7,6 @@ file of them would be read for as long. In a screening they are made once.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import GPTQError, InputError, OutputHeldError
+from gptq_core.runtime.lock import hold
 from tasks.config.run import RunConfig
 from tasks.config.sweep import Cell, SweepConfig
 from tasks.outcome import record as records
@@ -110,15 +110,10 @@ def _screened(config: SweepConfig) -> dict[str, Any]:
 
 @contextmanager
 def alone(config: SweepConfig) -> Iterator[None]:
-    """Hold the sweep's folder. OutputHeldError: another process sweeps there."""
-    path = config.folder / "shared" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputHeldError(f"dir = {str(config.folder)!r} is held by another sweep; wait for it or choose another folder") from error
-        for draft in path.parent.glob(".*-original-*.npy"):  # of a sweep that was killed
+    """Hold the sweep's folder. Raises OutputHeldError if another process sweeps there."""
+    shared = config.folder / "shared"
+    with hold(shared / "lock", f"dir = {str(config.folder)!r}"):
+        for draft in shared.glob(".*-original-*.npy"):  # of a sweep that was killed
             draft.unlink()
         yield
 

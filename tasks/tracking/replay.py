@@ -7,14 +7,13 @@ already is only cleared. Where a store does not answer, the entries of that stor
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gptq_core.checkpoint.writer import replace_file
-from gptq_core.errors import GPTQError, InputError, OutputHeldError
+from gptq_core.errors import GPTQError, InputError
+from gptq_core.runtime.lock import hold
 from tasks.config.run import TrackingConfig, from_dict
 from tasks.outcome import record as records
 from tasks.tracking import outbox
@@ -27,8 +26,13 @@ Outcome = dict[str, Any]
 
 
 def replay(folder: Path, uri: str | None = None) -> list[Outcome]:
-    """Try every entry of an outbox; runs first, since a sweep tells the ids of its cells' runs. uri: of the store, if not as noted."""
-    with _alone(folder):
+    """Try every entry of an outbox; runs first, since a sweep tells the ids of its cells' runs. uri: of the store, if not as noted.
+
+    Raises OutputHeldError if another replay is at work: it may be making the very run that this one would make.
+    """
+    if not folder.is_dir():
+        return []
+    with hold(folder / ".lock", f"outbox {folder}"):
         found, entries = [], []
         away: dict[str, str] = {}
         for file in outbox.files(folder):
@@ -118,17 +122,3 @@ def _sweep(entry: Entry, tracking: TrackingConfig) -> Outcome:
 
 def _error(outcome: dict[str, Any] | None) -> str | None:
     return outcome["error"] if outcome else None
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One replay at a time, so that none makes the run that another is making. OutputHeldError: there is one."""
-    if not folder.is_dir():
-        yield
-        return
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputHeldError(f"{folder} is being logged by another process; wait for it") from error
-        yield

@@ -1,6 +1,7 @@
 """How many cells run at a time and with what, and what they are given in common."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -211,7 +212,7 @@ def test_a_cell_that_does_not_fit_is_invalid_before_it_starts(sweep, monkeypatch
 
 
 def test_two_sweeps_do_not_share_a_folder(sweep):
-    with cells.alone(sweep()), pytest.raises(OutputHeldError, match="held by another sweep"), cells.alone(sweep()):
+    with cells.alone(sweep()), pytest.raises(OutputHeldError, match=f"held by process {os.getpid()}"), cells.alone(sweep()):
         pass
     with cells.alone(sweep()):
         pass
