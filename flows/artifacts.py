@@ -1,6 +1,6 @@
-"""Prefect artifacts of a run, and the links between it and its run in MLflow.
+"""Publish Prefect artifacts of a run, with a link to its run in MLflow.
 
-Prefect going away never costs a run: what it does not take is dropped after the first refusal.
+If Prefect's server stops answering the run continues: after the first failure no more artifacts are sent.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from prefect.utilities.urls import url_for
 from flows import progress
 from tasks.config.run import without_password
 
-LATER = "`python -m flows track-pending` makes up for it"
+LATER = "`python -m flows track-pending` logs it later"
 
 
 def prefect_run() -> dict[str, str | None]:
-    """This flow run as records name it, with its page where Prefect's settings tell one."""
+    """Id of this flow run, and the address of its page if Prefect's settings give one, under their keys in a run record."""
     name = flow_run.get_id()
     page = url_for("flow-run", obj_id=name) if name else None
     return {"prefect_flow_run_id": name, "prefect_flow_run_url": page and without_password(page)}
 
 
 MOST_BYTES = 300_000
-"""Of a picture that is stored in Prefect's database, in the text of its artifact."""
+"""Largest picture that is sent: Prefect's database stores it in the text of an artifact."""
 
 
 class Board:
@@ -49,7 +49,7 @@ class Board:
             self._try(update_progress_artifact, self._bar, percent, description=text)
 
     def tracked(self, logged: dict[str, Any]) -> None:
-        """Where MLflow has the run: the link from here to there."""
+        """Publish a link to the run in MLflow, or why there is none."""
         if logged["error"]:
             text = f"Not in MLflow yet ({logged['error']}); {LATER}."
         elif logged["url"]:
@@ -65,7 +65,7 @@ class Board:
         self._try(create_table_artifact, rows, key=f"{self.name}-results", description=text)
 
     def figure(self, draw: Callable[[], Any], title: str, report: Path | None) -> None:
-        """A matplotlib figure as a picture (None: nothing to draw), and where the whole report lies."""
+        """Publish a matplotlib figure as a picture, if `draw` returns one, and the path of the report."""
         text = [f"# {title}"]
         try:
             drawn = draw()
@@ -74,7 +74,7 @@ class Board:
                 drawn.savefig(picture, format="png", dpi=90)
                 if picture.tell() <= MOST_BYTES:
                     text.append(f"![{title}](data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()})")
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # what a record may lack, and what matplotlib refuses
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # fields that a record lacks, values that matplotlib refuses
             progress.reporter().note(f"no picture of the {title}: {type(error).__name__}: {error}")
         text += [f"The whole report: `{report.resolve()}`"] if report else []
         if len(text) > 1:
@@ -87,5 +87,5 @@ class Board:
             return call(*args, **kwargs)
         except httpx.HTTPError as error:
             self.lost = True
-            progress.reporter().note(f"Prefect does not answer ({type(error).__name__}): the run goes on and is not shown there")
+            progress.reporter().note(f"Prefect does not answer ({type(error).__name__}): the run continues without artifacts")
             return None

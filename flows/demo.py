@@ -1,4 +1,4 @@
-"""The embedded default: a model and texts that travel with the project, so that the first run needs no hub."""
+"""Find the embedded model and texts, which are part of the project, so that the first run needs no hub."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CONFIG, SWEEP = ROOT / "configs" / "demo.yaml", ROOT / "configs" / "sweep.yaml"
 
 
 def demo_config(overrides: dict[str, Any] | None = None) -> RunConfig:
-    """configs/demo.yaml, with its files found from any working directory."""
+    """configs/demo.yaml with paths that are valid from any working directory."""
     return load(CONFIG, {**_files(), **(overrides or {})})
 
 
 def demo_sweep(store: str) -> list[str]:
-    """`python -m flows` with these arguments is configs/sweep.yaml from any working directory, tracked in `store`."""
+    """Arguments of `python -m flows` for the sweep of configs/sweep.yaml, from any working directory, tracked in `store`."""
     sweep = load_yaml(SWEEP)
     axes = [f"--grid={axis}={json.dumps(values)}" for axis, values in sweep["grid"].items()]
     files = [f"--set={key}={path}" for key, path in _files().items()]
@@ -26,7 +26,8 @@ def demo_sweep(store: str) -> list[str]:
 
 
 def _files() -> dict[str, str]:
-    """The files of configs/demo.yaml that its relative paths do not find; where they do, they are the same on every machine."""
+    """Full paths for the files of configs/demo.yaml whose relative paths do not exist here; those that do stay relative, which keeps the
+    identity of a run the same on every machine."""
     config = load(CONFIG)
     keys = {
         "model.path": config.model.path,

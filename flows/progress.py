@@ -1,6 +1,6 @@
-"""Report how far a run is: bars on a terminal, plain lines elsewhere, Prefect's logger in a flow without either.
+"""Report the progress of a run: bars on a terminal, plain lines elsewhere, Prefect's logger where the command line is not used.
 
-A flow takes only what Prefect can store, so the reporter is found through a context variable.
+Prefect can pass only values to a flow that it can store, so a context variable holds the reporter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Writes to Prefect's run logger; the base of the two that the command line uses."""
+    """Reporter that writes to Prefect's run logger; base of the two reporters of the command line."""
 
     def note(self, text: str) -> None:
         from prefect import get_run_logger

@@ -62,7 +62,7 @@ def show_run(config: RunConfig, record: dict[str, Any]) -> None:
     if record.get("registry"):
         places.add_row("registry", registered(record["registry"]))
     if not tracked:
-        places.add_row("MLflow", "not recorded; python -m flows track-pending makes up for it")
+        places.add_row("MLflow", "not recorded; python -m flows track-pending logs it later")
     else:
         places.add_row("MLflow", uri if uri.startswith(("http", "env:", "block:")) else f"python -m flows ui --store {uri}")
     places.add_row("Prefect", f"python -m flows ui   (flow run {record['prefect_flow_run_id']})")

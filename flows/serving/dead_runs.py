@@ -1,8 +1,8 @@
-"""Mark runs whose process was killed, from the next run on the same machine.
+"""Mark runs whose process was killed as crashed, from the next run on the same machine.
 
-Prefect learns how a run ended from the run itself or from the worker that started it. Where both were killed (kill -9, out of memory,
-power), or where the run was one by hand, it would stay Running for ever. So each run notes in its labels which process it is, and
-looks for those of this machine whose process is gone.
+Prefect learns how a run ended from the run itself or from the worker that started it. If both were killed (kill -9, out of memory, power),
+or if there was no worker, the run would stay Running for ever. So each run records its process in its labels, and looks for runs of this
+machine whose process is gone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from prefect.states import Cancelled, Crashed
 MACHINE, BOOT, SPACE, PROCESS = "gptq.machine", "gptq.boot", "gptq.process_space", "gptq.process"
 PROC = Path("/proc")
 GRACE = datetime.timedelta(minutes=1)
-"""A run that is being cancelled is its worker's for so long."""
+"""Time that a worker has to end a run that is being cancelled."""
 UNDER_WAY = [StateType.RUNNING, StateType.CANCELLING]
 
 
 def mark_dead_runs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A Prefect hook for `on_running`: note which process this run is, and mark the dead runs of this machine."""
+    """Prefect hook for `on_running`: record the process of this run, and mark the dead runs of this machine."""
     if (PROC / "self").exists():
         with get_client(sync_client=True) as client:
             client.update_flow_run_labels(flow_run.id, {**labels(os.getpid())})
@@ -37,7 +37,7 @@ def mark_dead_runs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -
 
 
 def mark(client: SyncPrefectClient) -> list[FlowRun]:
-    """Mark the runs of this machine whose process is gone as Crashed, or as Cancelled where that was asked for; those marked."""
+    """Mark the runs of this machine whose process is gone as Crashed, or as Cancelled if they were being cancelled. Returns them."""
     here, now = labels(os.getpid()), datetime.datetime.now(datetime.UTC)
     found = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"type": {"any_": UNDER_WAY}}), sort=FlowRunSort.START_TIME_DESC)
     under_way = [(run, run.state) for run in found if run.state is not None and is_dead(run.labels, here)]
@@ -55,7 +55,7 @@ def mark(client: SyncPrefectClient) -> list[FlowRun]:
 
 
 def labels(pid: int) -> dict[str, str]:
-    """What names a process of this machine for good: its number comes again, its number and start together do not."""
+    """Labels that identify a process of this machine: process ids are reused, an id together with its start time is not."""
     return {
         MACHINE: f"{platform.node()} {uuid.getnode():012x}",
         BOOT: (PROC / "sys/kernel/random/boot_id").read_text().strip(),
@@ -75,7 +75,7 @@ def is_dead(theirs: dict[str, Any], here: dict[str, str]) -> bool:
 
 
 def _start(pid: int) -> str:
-    """Clock ticks from the boot to the start of a process; empty where it is gone."""
+    """Clock ticks from the boot to the start of a process; empty if it is gone."""
     try:
         fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

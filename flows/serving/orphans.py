@@ -1,9 +1,9 @@
-"""Servers end with the process that started them, however that one ends.
+"""End servers with the process that started them, however that process ends.
 
-Prefect stops its server at the exit of Python; a process that is killed has no such exit, and every server left over takes a port
-and some hundred MB. A server that we start ourselves is bound to us by the system. For the one that Prefect starts, a watcher of a few
-lines holds the reading end of a pipe: its end is our end. It knows the server by a variable of the environment, which a child inherits,
-so nothing of Prefect's inside is touched.
+Prefect stops its server when Python exits; a process that is killed runs no exit code, and every orphan takes a port and some hundred MB.
+A server that this project starts is bound to its parent by the kernel. For the server that Prefect starts, a small watcher reads from a
+pipe whose other end this process holds: end of file means that this process is gone. The watcher finds the server by an environment
+variable, which child processes inherit, so it needs none of Prefect's internals.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ for pid in filter(str.isdecimal, os.listdir("/proc")):
         pass
 """
 
-_watchers: list[subprocess.Popen[bytes]] = []  # kept: an object that goes away would close the pipe
+_watchers: list[subprocess.Popen[bytes]] = []  # kept: a collected object would close the pipe
 
 
 def end_server_with_us() -> None:
-    """Before Prefect starts its server. Once a process; only where there is /proc."""
+    """Start the watcher, before Prefect starts its server. Once a process; only where /proc exists."""
     if _watchers or not os.path.isdir("/proc/self"):
         return
     mark = uuid.uuid4().hex
-    # a session of its own: an interrupt or a hang-up of the terminal, and the killing of our group, are not for the watcher
+    # a session of its own: signals from the terminal or to this process group must not reach the watcher
     _watchers.append(
         subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", WATCHER, f"{MARK}={mark}"],
@@ -52,14 +52,14 @@ def end_server_with_us() -> None:
 
 
 def ends_with_parent() -> Callable[[], None] | None:
-    """For Popen(preexec_fn=...), from the main thread: the system kills the child when this process is gone. None: not on Linux."""
+    """A function for Popen(preexec_fn=...), from the main thread: the kernel kills the child when this one ends. None except on Linux."""
     if sys.platform != "linux":
         return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # found now: between fork and exec there is no loading
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # looked up now: nothing may be loaded between fork and exec
 
     def bind() -> None:
         prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # gone before it was asked
+        if os.getppid() != parent:  # the parent ended before the call
             os._exit(1)
 
     return bind
