@@ -1,4 +1,4 @@
-"""Look into a checkpoint without loading it: what is packed, at which width, and what was left dense."""
+"""List the packed linears of a checkpoint with their widths, and its dense tensors, without loading it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PackedLinear(TypedDict):
     groups: int
     bits: int
     bytes: int
-    """Of its four tensors."""
+    """Size of its tensors."""
 
 
 class DenseTensor(TypedDict):
@@ -60,10 +60,10 @@ class Inspection(TypedDict):
     sym: bool | None
     desc_act: bool | None
     bits_per_weight: float | None
-    """Scales, zeros and g_idx included; None where nothing is quantized."""
+    """Scales, zeros and g_idx included; None if nothing is quantized."""
     bytes: int
     loads: list[dict[str, Any]] | None
-    """`Verdict.record` of each consumer; None where the checkpoint was not made by this library."""
+    """`Verdict.record` of each consumer; None if another program made the checkpoint."""
     layers: list[PackedLinear]
     dense: list[DenseTensor]
 

@@ -1,13 +1,13 @@
-"""GPTQModel's kernels under a checkpoint: which there are, which of them a checkpoint and a device allow, and putting them in.
+"""Run a checkpoint with GPTQModel's kernels: list them, check which of them fit a checkpoint and a device, and install one.
 
-The package is optional, `pip install 'gptq-pipeline[kernels]'`, and imported when a kernel is asked for and not before: its import
-prints, sets environment variables and patches other packages. Its linears are taken, its loader is not: that one refuses
-asymmetric `gptq` files, shards for some kernels, and folders without a tokenizer. Here the tensors of each QuantizedLinear are
-handed over one by one, with the true zero points in them, so both layouts and layers of different bits go the same way.
+The package is optional, `pip install 'gptq-pipeline[kernels]'`, and imported only when a kernel is requested: its import prints, sets
+environment variables and patches other packages. Its linears are used, its loader is not, which refuses asymmetric `gptq` files, shards
+for some kernels, and folders without a tokenizer. Instead the tensors of each QuantizedLinear are passed on one by one, with the true
+zero points, so both layouts and layers of different bits are handled alike.
 
-Names are the values of GPTQModel's BACKEND, `gptq_marlin`, or those without their prefix, `marlin`. `torch` alone is this
-library's own path; GPTQModel's torch kernel is `gptq_torch`. Left out are gptq_w4afp8 and gptq_w4a_nvfp4, which quantize the
-activations too, and gptq_bitblas, which builds its layers around a compiler of its own.
+Names are the values of GPTQModel's BACKEND, `gptq_marlin`, or those without their prefix, `marlin`. `torch` alone is this library's own
+path; GPTQModel's torch kernel is `gptq_torch`. Left out are gptq_w4afp8 and gptq_w4a_nvfp4, which quantize the activations too, and
+gptq_bitblas, which builds its layers around a compiler of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REMEDY = "pip install 'gptq-pipeline[kernels]'"
 
 @dataclass(frozen=True)
 class Layer:
-    """What a kernel has to know about a linear. desc_act: its g_idx is not in order; sym: every zero point is 2^(bits-1)."""
+    """Properties of a linear that decide which kernels fit. desc_act: its g_idx is not in order; sym: every zero point is 2^(bits-1)."""
 
     bits: int
     group_size: int
@@ -46,7 +46,7 @@ class Layer:
 
     @classmethod
     def planned(cls, config: QuantizeConfig, in_features: int, out_features: int) -> Layer:
-        """What quantizing a linear of that size will leave on disk."""
+        """The layer that quantizing a linear of that size will write."""
         size = -1 if config.group_size == in_features else config.group_size
         return cls(config.bits, size, config.desc_act and size != -1, config.sym, in_features, out_features)
 
@@ -59,7 +59,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that was found to take all layers of a checkpoint. dtype: of the arithmetic."""
+    """A kernel that supports all layers of a checkpoint. dtype: of the arithmetic."""
 
     name: str
     linear: Any
@@ -69,7 +69,7 @@ class Kernel:
 
 @runtime_checkable
 class Packed(Protocol):
-    """What is taken over from a QuantizedLinear."""
+    """Attributes of a QuantizedLinear that a kernel's linear is made of."""
 
     qweight: Tensor
     qzeros: Tensor
@@ -93,7 +93,7 @@ def stored(source: Checkpoint, format: str) -> list[Layer]:
 
 
 def named(backend: str | None) -> str | None:
-    """The kernel that a `backend` names, None for this library's own path. InputError: neither."""
+    """The kernel that a `backend` names, None for this library's own path. Raises InputError for any other name."""
     if not isinstance(backend, str | None):
         raise InputError(f"backend = {backend!r}: must be a name, such as 'torch' or 'gptq_marlin'")
     try:
@@ -105,11 +105,11 @@ def named(backend: str | None) -> str | None:
 def choose(
     backend: str | None, layers: Iterable[Layer], device: torch.device, dtype: torch.dtype | None = None, own: torch.dtype | None = None
 ) -> Kernel | None:
-    """The kernel of that name, if it takes all `layers` on `device`; None where `backend` is this library's own path.
+    """The kernel of that name, if it supports all `layers` on `device`; None if `backend` is this library's own path.
 
-    dtype: of the arithmetic. None is the first that the kernel takes of: what load_quantized would use in torch, `own` (that of
-    the checkpoint), float16, bfloat16. Raises InputError for an unknown name, when gptqmodel is not installed, and when the
-    kernel does not take a layer, the device or the dtype; it names the kernels that do. A kernel that must be compiled is compiled.
+    dtype: of the arithmetic. None picks the first that the kernel supports of: what load_quantized would use in torch, `own` (that of
+    the checkpoint), float16, bfloat16. Raises InputError for an unknown name, if gptqmodel is not installed, and if the kernel does not
+    support a layer, the device or the dtype; the error names the kernels that do. A kernel that must be compiled is compiled.
     """
     name = named(backend)
     if name is None:
@@ -127,7 +127,7 @@ def choose(
 
 
 def for_checkpoint(backend: str | None, checkpoint: Model, device: torch.device, dtype: torch.dtype | None = None) -> Kernel | None:
-    """`choose` for the checkpoint in a folder. Also raises InputError when the folder is not a GPTQ checkpoint."""
+    """`choose` for the checkpoint in a folder. Also raises InputError if the folder is not a GPTQ checkpoint."""
     if choose(backend, [], device, dtype) is None:
         return None
     opened = checkpoint if isinstance(checkpoint, OpenedModel) else OpenedModel(Path(checkpoint))
@@ -186,7 +186,7 @@ def _converted(name: str, packed: Packed, kernel: Kernel) -> nn.Module:
 
 
 def _layer(name: str, qweight: Sequence[int], scales: Sequence[int], qzeros: Tensor, g_idx: Tensor | None, format: str) -> Layer:
-    """The layer that packed tensors make up; of qweight and scales only the shapes are needed."""
+    """The layer that packed tensors describe; of qweight and scales only the shapes are needed."""
     (rows, out), groups = qweight, scales[0]
     bits = qzeros.shape[1] * 32 // out
     if bits not in (2, 3, 4, 8) or rows % bits or qzeros.shape[0] != groups:
@@ -201,7 +201,7 @@ def _layer(name: str, qweight: Sequence[int], scales: Sequence[int], qzeros: Ten
 
 
 def _kernel(name: str, backend: str | None = None) -> Any:
-    """GPTQModel's class of linears of that kernel; backend: as it was written, for the error."""
+    """GPTQModel's class of linears of that kernel; backend: the name in the config, for the error."""
     try:
         with _on_stderr():
             from gptqmodel.quantization import FORMAT, METHOD
@@ -217,14 +217,14 @@ def _kernel(name: str, backend: str | None = None) -> Any:
 
 
 def _dtype(linear: Any, device: torch.device, own: torch.dtype | None) -> torch.dtype:
-    """The first dtype that GPTQModel's class takes."""
+    """The first dtype that GPTQModel's class supports."""
     usual = torch.float32 if device.type == "cpu" else own
     candidates = (usual, own, torch.float16, torch.bfloat16)
     return next(dtype for dtype in candidates if dtype is not None and dtype in linear.SUPPORTS_DTYPES)
 
 
 def _against(kernel: Kernel, layer: Layer, device: torch.device, ready: bool) -> str | None:
-    """Why a kernel does not take a layer, in GPTQModel's words. ready: also whether it can be made ready here, which may compile it."""
+    """Why a kernel does not support a layer, in GPTQModel's words, or None. ready: also check that it runs here, which may compile it."""
     if kernel.name == "gptq_torch_fused" and device.type == "cpu" and not layer.sym:
         return "on the CPU it runs every zero point as the middle one, whatever the file says"
     from gptqmodel.utils.importer import validate_quant_linear
@@ -232,15 +232,15 @@ def _against(kernel: Kernel, layer: Layer, device: torch.device, ready: bool) ->
     asked = vars(layer) | {"pack_dtype": torch.int32, "dtype": kernel.dtype, "device": device}
     with _on_stderr():
         ok, error = validate_quant_linear(kernel.linear, **asked) if ready else kernel.linear._validate(**asked)
-    # its first sentence is the rule; more would be its own advice, or a compiler's output
+    # its first sentence is the rule; the rest is advice or a compiler's output
     return None if ok else str(error).removeprefix(str(kernel.linear)).strip(" :").partition("\n")[0].partition(". ")[0].rstrip(".")
 
 
 def _takes(name: str, layers: list[Layer], device: torch.device, dtype: torch.dtype | None, own: torch.dtype | None) -> bool:
-    """Whether a kernel takes the layers by what it declares; it is not compiled for the answer."""
+    """Whether a kernel declares support for the layers; it is not compiled."""
     try:
         linear = _kernel(name)
-    except InputError:  # this release of GPTQModel, or this machine's triton, comes without it
+    except InputError:  # not in this release of GPTQModel, or not with this machine's triton
         return False
     kernel = Kernel(name, linear, dtype or _dtype(linear, device, own))
     return all(_against(kernel, layer, device, ready=False) is None for layer in layers)
@@ -251,5 +251,5 @@ def _bare(dtype: torch.dtype) -> str:
 
 
 def _on_stderr() -> contextlib.redirect_stdout[TextIO]:
-    """GPTQModel prints a banner and its log on stdout, where a command's result may be."""
+    """Redirect GPTQModel's banner and log, which it prints on stdout, where a command prints its result."""
     return contextlib.redirect_stdout(sys.stderr)
