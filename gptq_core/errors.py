@@ -52,5 +52,10 @@ def foreign_input(what: object, remedy: str, kind: type[GPTQError] = InputError)
 
 def reason(error: BaseException, length: int = 300) -> str:
     """An exception in one line: its words, and its type where they alone say little."""
-    words = " ".join(str(error).split())[:length]
+    words = one_line(error, length)
     return words if isinstance(error, (ValueError, OSError)) and words else f"{type(error).__name__}: {words}".removesuffix(": ")
+
+
+def one_line(text: object, length: int = 300) -> str:
+    """A text, such as that of an exception, with single spaces and at most `length` characters."""
+    return " ".join(str(text).split())[:length]

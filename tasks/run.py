@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from gptq_core.checkpoint.card import rewrite as write_card
 from gptq_core.config import kernel_name
+from gptq_core.errors import one_line
 from gptq_core.run.engine import Quantization
 from tasks.config.run import RunConfig
 from tasks.evaluation.scores import FAILURES
@@ -177,7 +178,7 @@ def _evaluate(request: Request, record: dict[str, Any], report: Reporter, steps:
             record["evaluation"] |= {"measures": rows, "measured": None if failed else key, "recovery": None if failed else _lowest(rows)}
             record["evaluation_error"] = "; ".join(failed) or None
     except FAILURES as error:  # the checkpoint stands, and the run fails at its end
-        record["evaluation_error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        record["evaluation_error"] = f"{type(error).__name__}: {one_line(error)}"
 
 
 def _lowest(rows: list[dict[str, Any]]) -> float | None:

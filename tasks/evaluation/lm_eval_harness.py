@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from gptq_core.data.tokenizer import load_tokenizer
-from gptq_core.errors import GPTQError, InputError
+from gptq_core.errors import GPTQError, InputError, one_line
 from gptq_core.inference.evaluation import load_for_evaluation
 from gptq_core.model.opened import OpenedModel
 from tasks.config.measures import TasksMeasure
@@ -84,7 +84,7 @@ def _broken(folder: str) -> str:
         try:
             load_yaml(path, resolve_func=False)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            return f" ({path} cannot be read: {' '.join(str(error).split())[:200]})"
+            return f" ({path} cannot be read: {one_line(error, 200)})"
     return ""
 
 
@@ -220,7 +220,7 @@ def score(model: Any, measure: TasksMeasure, manager: Any) -> tuple[Scores, dict
         raise
     # a task is somebody else's code: its template, its functions and the reader of its data end with whatever they like
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         told = f"evaluation.measures: {', '.join(measure.tasks)} failed in lm-eval ({type(error).__name__}: {reason})"
         raise TaskFailedError(told) from error
     leaves = {task: _leaves(task, found["group_subtasks"]) for task in measure.tasks}

@@ -22,7 +22,7 @@ from gptq_core.checkpoint.writer import replace_file
 from gptq_core.data.overlap import overlapping
 from gptq_core.data.tokenizer import load_tokenizer, model_limits
 from gptq_core.data.windows import Windows, evaluation_windows
-from gptq_core.errors import GPTQError, InputError
+from gptq_core.errors import GPTQError, InputError, one_line
 from gptq_core.inference.evaluation import load_for_evaluation, window_losses
 from gptq_core.model.architecture import choose_device
 from gptq_core.model.opened import OpenedModel
@@ -77,7 +77,7 @@ class Measures:
             try:
                 rows += judge.rows(measure)
             except FAILURES as error:
-                failed.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                failed.append(f"{type(error).__name__}: {one_line(error)}")
             if progress:
                 progress(done, len(self.config.evaluation.measures))
         return rows, failed

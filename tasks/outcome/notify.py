@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from gptq_core.errors import InputError
+from gptq_core.errors import InputError, one_line
 from tasks.config.run import NotifyConfig, RunConfig
 from tasks.config.secrets import resolve
 
@@ -98,7 +98,7 @@ def _run(command: str, text: str, seconds: float) -> str | None:
         if process.returncode:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
-            return f"notify.command ended with code {process.returncode}: {' '.join(lines[-1].split())[:200] if lines else 'no message'}"
+            return f"notify.command ended with code {process.returncode}: {one_line(lines[-1], 200) if lines else 'no message'}"
     return None
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptq_core.errors import one_line
+
 if TYPE_CHECKING:
     from tasks.report.parts import Page
     from tasks.run import Reporter
@@ -22,7 +24,7 @@ def written(kind: str, content: dict[str, Any], report: Reporter) -> Path | None
         return write(path, page_of(kind, content))
     # a disk that is full, a record that lacks what it should hold, a number that plotly does not take
     except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError, ImportError, TemplateError) as error:
-        report.note(f"no report: {type(error).__name__}: {' '.join(str(error).split())[:300]}; `python -m flows report` tries again")
+        report.note(f"no report: {type(error).__name__}: {one_line(error)}; `python -m flows report` tries again")
         return None
 
 

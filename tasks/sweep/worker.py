@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gptq_core.errors import one_line
+
 Job = dict[str, Any]
 PARENT_GONE = 70
 
@@ -85,7 +87,7 @@ def _outcome(job: Job, events: Events) -> dict[str, Any]:
         kind, reason = "memory", error
     except (GPTQError, OSError) as error:
         kind, reason = "failed", error
-    return {"event": "failed", "kind": kind, "text": f"{type(reason).__name__}: {' '.join(str(reason).split())[:500]}"}
+    return {"event": "failed", "kind": kind, "text": f"{type(reason).__name__}: {one_line(reason, 500)}"}
 
 
 def carry_out(job: Job, events: Events) -> dict[str, Any]:

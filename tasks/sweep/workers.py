@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gptq_core.errors import one_line
 from tasks.sweep.worker import Job
 
 Outcome = dict[str, Any]
@@ -129,7 +130,7 @@ class Worker:
         if code < 0:
             how = f"its process was ended by {signal.Signals(-code).name}"
             return how + (" (out of memory, if the system did it)" if code == -signal.SIGKILL else "")
-        return f"its process ended with code {code}: {' '.join(lines[-1].split())[:300] if lines else 'no message'} (see {self.log})"
+        return f"its process ended with code {code}: {one_line(lines[-1]) if lines else 'no message'} (see {self.log})"
 
 
 def _read(stream: Any, events: queue.Queue[dict[str, Any] | None]) -> None:

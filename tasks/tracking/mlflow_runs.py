@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from gptq_core.errors import InputError
+from gptq_core.errors import InputError, one_line
 from tasks.config.run import RunConfig, TrackingConfig, without_password
 from tasks.outcome import record as records
 from tasks.tracking import mlflow_fields, outbox
@@ -100,7 +100,7 @@ def attempt(call: Callable[[], Any]) -> tuple[Any, str | None]:
     # requests' errors are OSErrors; a database whose driver is not installed is an ImportError, one of a newer MLflow a CommandError,
     # a setting that stands nowhere an InputError, and an address that cannot be read a ValueError
     except (MlflowException, SQLAlchemyError, CommandError, ImportError, OSError, InputError, ValueError) as error:
-        return None, without_password(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return None, without_password(f"{type(error).__name__}: {one_line(error)}")
 
 
 def _client(tracking: TrackingConfig) -> Any:

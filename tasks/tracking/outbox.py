@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_core.checkpoint.writer import replace_file
-from gptq_core.errors import InputError
+from gptq_core.errors import InputError, one_line
 from tasks.config.run import TrackingConfig, without_password
 
 
@@ -87,7 +87,7 @@ def read(file: Path) -> Entry:
         entry = Entry(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"outbox entry {file} cannot be read ({' '.join(str(error).split())[:200]}): remove it, and run the command of its record again"
+            f"outbox entry {file} cannot be read ({one_line(error, 200)}): remove it, and run the command of its record again"
         ) from error
     if entry.kind not in ("run", "sweep") or not isinstance(entry.path, str) or not isinstance(entry.tracking, dict):
         raise InputError(f"outbox entry {file} is damaged (kind {entry.kind!r}): remove it, and run the command of its record again")

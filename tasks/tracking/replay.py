@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_core.checkpoint.writer import replace_file
-from gptq_core.errors import GPTQError, InputError
+from gptq_core.errors import GPTQError, InputError, one_line
 from gptq_core.runtime.lock import hold
 from tasks.config.run import TrackingConfig, from_dict
 from tasks.outcome import record as records
@@ -59,7 +59,7 @@ def _once(file: Path, entry: Entry, uri: str | None, away: dict[str, str]) -> Ou
                 away[store] = logged["error"]
     # a record of another shape than ours, a folder that is gone or may not be written
     except (GPTQError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        logged = {"error": f"{entry.path}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        logged = {"error": f"{entry.path}: {type(error).__name__}: {one_line(error)}"}
     if logged["error"] is None:
         file.unlink(missing_ok=True)
     return {"why": logged["error"], "run_id": logged.get("run_id"), "url": logged.get("url")}
