@@ -31,6 +31,8 @@ install_import_hook("gptq_core", "beartype.beartype")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SERVERS = {"prefect_server", "migrated", "browser"}
+"""Fixtures that take seconds to come up."""
 SYLLABLES = "ba ke lo mi nu sa te vo wi xa ra do fi gu".split()
 
 
@@ -126,6 +128,17 @@ def browser():
         found = driver.chromium.launch(executable_path=path)
         yield found
         found.close()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what needs a server, a store or a browser, and all cases of a `grid` but its first."""
+    seen = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if SERVERS.intersection(item.fixturenames) or (item.get_closest_marker("grid") and test in seen):
+            item.add_marker("slow")
+        seen.add(test)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROBE = """
 import logging, random, sys
 sys.modules["triton"] = None  # as where it is not installed
@@ -39,6 +41,7 @@ def test_imports_go_one_way(request):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_engine_changes_nothing(request):
     done = run(request.config.rootpath, sys.executable, "-c", PROBE)
     assert done.returncode == 0, done.stderr

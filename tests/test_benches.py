@@ -55,6 +55,7 @@ def written(folder):
     return json.loads(record.read_text()), page.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_ARGUMENTS)
 def test_help(name, bench, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
@@ -178,6 +179,7 @@ def test_solver(bench, monkeypatch, tmp_path):
     assert "| tuned: scales, s |" in page and len(results["exponents"]) == len(results["sizes"]) - 1 > 0
 
 
+@pytest.mark.slow
 def test_growth(bench, monkeypatch, tmp_path):
     growth = bench("growth")
     monkeypatch.setattr(growth, "fixed", lambda *_: {"imports": 3.0, "first": 0.5, "second": 0.25})  # a process of its own
@@ -221,6 +223,7 @@ def test_growth_fits_a_line_through_tokens(bench):
     assert lines["stages that see tokens"]["a token"] == pytest.approx(0.25) and lines["seconds"]["farthest off"] == pytest.approx(0)
 
 
+@pytest.mark.slow
 def test_gpu_bench_runs_on_a_cpu_with_the_engine_alone(tmp_path):
     """In processes that cannot import what a machine with a GPU may lack."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({FORBIDDEN!r}))\n")

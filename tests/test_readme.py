@@ -39,6 +39,7 @@ def test_quick_commands_run(request):
     assert done.returncode == 0 and "quantize" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_as_it_is_written(commands, request, prefect_server, tiny_llama, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # what stands for a person's own files, and what configs/quantize.yaml expects to find

@@ -60,6 +60,7 @@ def chosen(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_widths_are_chosen_once_and_recorded(args, chosen, tmp_path, monkeypatch):
     right = Quantization.quantize_block

@@ -37,6 +37,7 @@ def damage(weight):
     return ((error @ DAMPED) * error).sum(1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -122,6 +123,7 @@ def test_the_sample_covers_every_pair_of_bits_sym_order_and_format():
         assert met == set(itertools.product(set(columns[one]), set(columns[two]))), (one, two)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("row", END_TO_END, ids=lambda row: "-".join(map(str, row)))
 def test_a_checkpoint_loads_as_it_was_walked(row, tmp_path):
     bits, sym, group_size, order, format, true_sequential, architecture = row

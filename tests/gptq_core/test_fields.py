@@ -521,6 +521,7 @@ def test_every_field_has_an_entry():
     assert set(ENTRIES) == set(QuantizeConfig.model_fields)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_field_acts(name, model, tmp_path):
     entry = ENTRIES[name]

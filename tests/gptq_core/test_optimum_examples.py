@@ -71,6 +71,7 @@ def test_quantize_save_and_load(model_name, tokenizer, hub, tmp_path):
     torch.testing.assert_close(logits(loaded, windows().tokens).float(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["wikitext2", "c4", "c4-new"])
 def test_the_datasets_of_the_paper(name, model, tokenizer, hub):
     assert packed(GPTQQuantizer(bits=4, dataset=name, model_seqlen=64).quantize_model(model, tokenizer)) == 12
@@ -95,6 +96,7 @@ TOKENIZED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", TOKENIZED)
 def test_tokenized_data(kind, model, tokenizer):
     examples = TOKENIZED[kind](tokenizer)
@@ -110,6 +112,7 @@ def test_padded_batches(model):
     assert packed(GPTQQuantizer(bits=4, dataset=examples, batch_size=2, pad_token_id=1).quantize_model(model)) == 12
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fields", [{"desc_act": True}, {"group_size": -1}, {"sym": False}, {"true_sequential": False}], ids=str)
 def test_one_option_alone(fields, model, tokenizer, tmp_path):
     """desc_act=True and group_size=-1 raise in Optimum when everything else is left at its default."""
@@ -157,6 +160,7 @@ def save_folder(model_name, tmp_path_factory):
     return folder
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -34,6 +34,7 @@ def model(tmp_path):
 TEXTS = ["gptq_core quantizes a causal language model, block by block.", "Every linear becomes a packed one, and the rest stays."]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fields", [{"group_size": 32}, {"group_size": -1}, {"group_size": 32, "desc_act": True}], ids=str)
 def test_quantize_and_save(fields, model, tmp_path):
     """With everything else at its default; group_size -1 and desc_act=True are where Optimum raises."""
@@ -197,6 +198,7 @@ for message, call in calls.items():
 """
 
 
+@pytest.mark.slow
 def test_values_of_a_wrong_type(tmp_path):
     """In a process of its own: in this one the signatures are checked, and would be the first to complain."""
     (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4}}')

@@ -20,6 +20,7 @@ EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 RECIPES = ("classic", "tuned", "best", "max")
 
 
+@pytest.mark.slow
 def test_each_recipe_is_nearer_to_the_original_than_the_one_before(tmp_path):
     """The embedded model at 2 bits, where the steps are large; KL on held-out text, on the checkpoint as written."""
     model = EMBEDDED / "model"
@@ -35,6 +36,7 @@ def test_each_recipe_is_nearer_to_the_original_than_the_one_before(tmp_path):
     assert kl["max"] < kl["best"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("recipe", ["best", "max"])
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3", "bloom"])
 def test_a_checkpoint_loads_as_it_was_walked(architecture, recipe, tmp_path):
@@ -48,6 +50,7 @@ def test_a_checkpoint_loads_as_it_was_walked(architecture, recipe, tmp_path):
     torch.testing.assert_close(found, logits(dense_twin(model, quantized), windows(16).tokens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["best", "max"])
 def test_a_restart_gives_the_same_bytes(recipe, tmp_path):
     """What is replayed from disk restores both streams of activations."""

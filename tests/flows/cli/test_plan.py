@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -75,6 +76,7 @@ def test_a_config_alone_is_planned_and_not_run(tiny_llama, corpus, tmp_path):
     assert refused.exit_code == 2 and "no *.safetensors" in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_plan_starts_no_prefect_and_writes_nothing(tiny_llama, corpus, tmp_path):
     request = request_of(tmp_path, tiny_llama, corpus)
     before = sorted(tmp_path.rglob("*"))

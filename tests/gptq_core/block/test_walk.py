@@ -16,6 +16,7 @@ from gptq_core.run import block_work
 from gptq_core.run.engine import Quantization
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize("true_sequential", [True, False])
 def test_outputs_equal_a_full_forward_of_the_quantized_model(architecture, true_sequential, tmp_path):
@@ -156,6 +157,7 @@ def test_what_cannot_be_quantized_yet_is_refused_by_name(architecture, reason):
         find_decoder(empty_model(CONFIGS[architecture](), torch.float32))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("architecture", DENSE)
 def test_a_few_tokens_show_the_groups_of_a_full_window(architecture, tmp_path, monkeypatch):
     """Also where windows are shorter than what the probe would look at."""

@@ -48,6 +48,7 @@ def test_golden_symmetric_zeros(format, bits):
     assert torch.equal(unpack_zeros(words.unsqueeze(0), bits, format), zeros)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("in_c", [True, False])
 @settings(deadline=None, max_examples=60)
 @given(

@@ -10,6 +10,7 @@ from gptq_core.errors import InputError
 from gptq_core.inference.dequantize import dequantize_checkpoint
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "config", [QuantizeConfig(bits=3, group_size=32, sym=False, format="gptq_v2"), QuantizeConfig(bits=4, group_size=-1, desc_act=True)]
 )

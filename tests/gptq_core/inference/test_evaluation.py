@@ -63,6 +63,7 @@ def test_progress_reaches_the_end(pair, monkeypatch):
     assert seen == [(2, 6), (4, 6), (6, 6)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "opt"])
 def test_a_large_vocabulary_is_judged_some_positions_at_a_time(kind, tmp_path, monkeypatch):
     model, judged = save_model(kind, tmp_path / "model"), windows(3, 24, seed=9)

@@ -18,6 +18,7 @@ in_c = pytest.mark.skipif(not dispatch.compiles_products(), reason="no avx512_bf
 # -- the library ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loops_are_built_once(fresh, monkeypatch):
     if not dispatch.compiles():
         pytest.skip("no C compiler")
@@ -30,6 +31,7 @@ def test_the_loops_are_built_once(fresh, monkeypatch):
     assert [built] == list((fresh / "gptq_core").iterdir())
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_be_loaded_is_built_anew(fresh, monkeypatch):
     if not dispatch.compiles():
         pytest.skip("no C compiler")
@@ -176,6 +178,7 @@ def test_a_machine_without_a_compiler(monkeypatch, fresh):
     assert in_float32()
 
 
+@pytest.mark.slow
 def test_a_compiler_that_does_not_know_the_instructions_builds_the_other_loops(monkeypatch, fresh, caplog):
     if not dispatch.compiles():
         pytest.skip("no C compiler")

@@ -22,7 +22,7 @@ OUT, MORE = 37, 101
 """No multiple of a tile, and more than one of the loops in C."""
 
 
-@pytest.fixture(params=["triton_loops", "c_loops"])
+@pytest.fixture(params=[pytest.param("triton_loops", marks=pytest.mark.slow), "c_loops"])
 def kernels(request):
     """The module, and where it runs."""
     if request.param == "triton_loops":
@@ -274,6 +274,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_that_are_not_here(request, tmp_path, monkeypatch):
     """The compiler wants more than the interpreter. Products and sums stay apart, divisions are true, nothing leaves the registers."""
     pytest.importorskip("triton", reason="Triton is not installed: it is to be had for Linux")

@@ -35,6 +35,7 @@ def test_the_slope_comes_out_of_the_sweep():
     torch.testing.assert_close(slope, -damped @ error)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 def test_no_row_gets_worse_and_more_passes_are_better(way):
     weight, hessian = problem(256)
@@ -45,6 +46,7 @@ def test_no_row_gets_worse_and_more_passes_are_better(way):
     assert (solved(weight, hessian, descent=0, refit=True, **WAYS[way]).loss <= none).all()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 def test_many_passes_end_where_no_single_code_and_no_scale_can_be_bettered(way):
     weight, hessian = problem(128, rows=6)

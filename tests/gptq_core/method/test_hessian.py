@@ -61,6 +61,7 @@ OFF = {"c": 2**-20, "float32": 2**-18}
 """Products of bfloat16 inputs may be off by this. MKL's float32 comes to 2^-21, the loop in C to less; others may add up worse."""
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("columns", [32, 300, 1100])
 def test_products_of_bfloat16_inputs_are_not_rounded_to_it(columns, way):
     x = bfloat16_inputs(columns)

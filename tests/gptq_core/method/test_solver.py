@@ -20,12 +20,14 @@ ORDERS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("bits", "sym", "group_size"), itertools.product((2, 3, 4, 8), (True, False), (-1, 32, 48, 128)))
 def test_codes_equal_the_textbook(bits, sym, group_size, order):
     equals_the_textbook(192 if group_size == 48 else 256, bits, sym, group_size, order)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("order", ["group_aware", "desc_act", "static_ordered"])
 @pytest.mark.parametrize(("columns", "group_size"), [(640, 128), (672, 48)])
 def test_codes_equal_the_textbook_beyond_a_tall_product(columns, group_size, order):

@@ -60,6 +60,7 @@ def giant(tmp_path_factory):
 # -- size -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("architecture", "fields"),
     [
@@ -150,6 +151,7 @@ print(foretold, peak, resident)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     ("changes", "recipe", "windows"),
@@ -167,6 +169,7 @@ def test_the_peak_is_that_of_a_run(changes, recipe, windows, tmp_path):
     assert foretold == pytest.approx(real, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_of_a_solve(stored, tmp_path):
@@ -192,6 +195,7 @@ def foretold_and_real(tmp_path, changes, recipe, windows, first=""):
     return map(int, done.stdout.split())
 
 
+@pytest.mark.slow
 def test_what_makes_memory_grow(llama):
     def stage(name, **changes):
         return estimated(llama, **changes).stage_bytes[name]

@@ -213,6 +213,7 @@ def problems(server, folder, model):
     return found
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "fields",
     [

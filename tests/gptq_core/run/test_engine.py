@@ -24,6 +24,7 @@ from gptq_core.run import block_work, engine, identity
 W4 = QuantizeConfig(bits=4, group_size=32)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("architecture", [name for name in CONFIGS if name not in ("gpt2", "mixtral")])
 @pytest.mark.parametrize(
     "config",
@@ -38,6 +39,7 @@ def test_load_quantized_gives_the_logits_of_the_dequantized_weights(architecture
     torch.testing.assert_close(logits(quantized, windows().tokens), logits(twin, windows().tokens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("fields", [{}, {"sym": False}, {"desc_act": True}, {"static_groups": True}, {"act_group_aware": False}], ids=str)
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
@@ -153,6 +155,7 @@ KILLED = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in the sweep", "before the rename", "before the manifest line"])
 @pytest.mark.parametrize("block", [0, 1])
 def test_kill_and_resume_gives_the_same_bytes(block, moment, tmp_path):
@@ -170,6 +173,7 @@ def test_kill_and_resume_gives_the_same_bytes(block, moment, tmp_path):
     assert bytes_of(out) == bytes_of(tmp_path / "whole" / "out")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("harm", ["flip a bit", "delete"])
 @pytest.mark.parametrize("damaged", [0, 2, 3])
 def test_a_damaged_block_file_is_done_again_on_its_own_inputs(damaged, harm, tmp_path):
@@ -189,6 +193,7 @@ def test_a_damaged_block_file_is_done_again_on_its_own_inputs(damaged, harm, tmp
     assert bytes_of(out) == bytes_of(tmp_path / "whole" / "out")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth(tmp_path):
     """After every block only the activations and the model's small parts are alive: all parameters are back on meta."""
     model = save_model("llama", tmp_path / "model", num_hidden_layers=5)
@@ -272,6 +277,7 @@ def test_a_failure_inside_a_block_can_be_retried(tmp_path, monkeypatch):
     assert whole == retried
 
 
+@pytest.mark.slow
 def test_blocks_that_are_written_beside_the_next_one_are_the_same_and_a_failure_is_made_good(tmp_path, monkeypatch):
     """The way of a GPU: what goes wrong in writing is told by a later call, and doing that again also writes the block."""
     model = save_model("llama", tmp_path / "model")
@@ -492,6 +498,7 @@ def test_broken_folders_get_one_line(broken, tmp_path):
         Quantization.open(str(model), W4, windows(), tmp_path / "out", device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_code_in_a_model_folder_is_never_run(part, tmp_path):
     """Not even when somebody, or a pipe, answers yes to the question that transformers would ask."""

@@ -25,6 +25,7 @@ def test_scales_of_zero_have_no_octave():
     assert distribution(solution, 3) == {"codes": [1] + [0] * 7, "scales": {"first_octave": 0, "counts": []}}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("recipe", ["tuned", "max"])
 def test_the_record_tells_of_the_checkpoint_as_it_lies_on_disk(tmp_path, recipe):
     quantize(save_model("llama", tmp_path / "model"), tmp_path / "out", QuantizeConfig(bits=3, group_size=32, recipe=recipe))

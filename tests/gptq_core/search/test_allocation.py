@@ -152,6 +152,7 @@ def test_widths_are_presumed_before_anything_is_computed(model):
 # -- losses and KL --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("recipe", ["classic", "tuned"])
 def test_losses_are_those_of_the_engine_where_nothing_upstream_differs(model, recipe, tmp_path):
     found = allocate(str(model), wanted(recipe=recipe), windows(), device="cpu")
@@ -163,6 +164,7 @@ def test_losses_are_those_of_the_engine_where_nothing_upstream_differs(model, re
             assert unit.loss[bits] == pytest.approx(sum(losses[name] for name in unit.members), rel=1e-4)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("architecture", "head"), [("llama", True), ("gemma3", False), ("opt", False), ("qwen2_tied_with_bias", False)])
 def test_the_kl_is_that_of_a_model_in_which_one_unit_is_quantized(architecture, head, tmp_path, monkeypatch):
     """Against transformers' own forward of the whole model, on the windows that were probed."""
@@ -214,6 +216,7 @@ def test_nothing_is_quantized_before_the_widths_are_chosen(model, tmp_path):
         quantize(model, tmp_path / "out", wanted())
 
 
+@pytest.mark.slow
 def test_better_than_uniform_on_the_embedded_model(tmp_path):
     folder, tokenizer = EMBEDDED / "model", load_tokenizer(str(EMBEDDED / "model"))
     calibration = calibration_windows(str(EMBEDDED / "train.parquet"), tokenizer, 32, 256, 0)
@@ -258,6 +261,7 @@ def test_widths_are_put_in_order():
     assert config.for_linear("any").allocate is None
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("architecture", ["opt", "bloom"])
 def test_linears_of_other_names_are_units_of_their_own(architecture, tmp_path):
     folder = save_model(architecture, tmp_path / "model")

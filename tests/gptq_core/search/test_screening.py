@@ -73,6 +73,7 @@ def solved(monkeypatch):
 # -- against itself, the engine and the dense model ---------------------------------------------------------------------------
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", CELLS)
 def test_a_cell_is_what_it_is_alone(model, together, name):
     assert figures(screened(model, **{name: CELLS[name]})[name]) == figures(together[name])
@@ -179,6 +180,7 @@ def test_what_answers_to_upstream_is_set_aside(model, together):
     assert found["best"].kl == found["same"].kl == found["half"].kl == together["tuned"].kl
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", [FactorizationError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("where", ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj", "lm_head"])
 def test_a_failing_cell_leaves_the_others(model, together, monkeypatch, kind, where):

@@ -44,6 +44,7 @@ def test_every_preset_is_known_and_says_all_its_keys():
         assert said >= set(type(measure).model_fields) - {"include", "name"}, path.stem
 
 
+@pytest.mark.slow
 def test_lm_eval_has_every_task_of_the_presets():
     check(config(*sorted(TASKS)))
 
@@ -76,6 +77,7 @@ def test_what_is_wrong_is_told_when_the_config_is_made(measures, said):
         from_dict(BASE | {"evaluation": {"measures": measures}})
 
 
+@pytest.mark.slow
 def test_tasks_and_folders_that_are_not_there_are_told(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         check(config({"kind": "tasks", "tasks": ["x"], "include": str(tmp_path / "no")}))
@@ -85,6 +87,7 @@ def test_tasks_and_folders_that_are_not_there_are_told(tmp_path):
         check(config({"kind": "tasks", "tasks": ["piqa", "piqa"]}))
 
 
+@pytest.mark.slow
 def test_tags_data_that_is_missing_and_yaml_that_is_broken_are_told(tmp_path):
     def wanted(*names):
         return config({"kind": "tasks", "tasks": list(names), "include": str(tmp_path)})

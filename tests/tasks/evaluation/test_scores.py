@@ -20,7 +20,7 @@ from tasks.config.run import from_dict
 from tasks.evaluation import lm_eval_harness
 from tasks.evaluation.scores import Measures
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ def runs(config):
     return client, client.search_runs([client.get_experiment_by_name("e").experiment_id])
 
 
+@pytest.mark.slow
 def test_everything_is_logged_once_however_often_it_is_tried(config, record):
     first = log_to_mlflow(config, record)
     assert first["error"] is None
@@ -70,6 +71,7 @@ def test_everything_is_logged_once_however_often_it_is_tried(config, record):
     assert artifacts == {"manifest.jsonl", "config.yaml", "run.json", "relative_error.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "uri", ["http://127.0.0.1:9", "sqlite:////proc/none/mlflow.db", "nonsense://x", "mysql+no_such_driver://127.0.0.1:1/db"]
 )
@@ -109,6 +111,7 @@ def test_the_page_of_a_run_is_told_where_the_config_tells_the_server(uri, page, 
     assert guarded(TrackingConfig(uri=uri), lambda: None)["url"] is None
 
 
+@pytest.mark.slow
 def test_a_report_that_came_later_is_added_and_a_new_one_replaces_it(config, record):
     logged = log_to_mlflow(config, record)
     client, _ = runs(config)

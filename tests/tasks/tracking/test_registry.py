@@ -201,6 +201,7 @@ def server(tmp_path, migrated):
     found.end()
 
 
+@pytest.mark.slow
 def test_over_a_server_the_tags_tell_the_folder(made, server):
     config, record = made("one", 0.25, uri=server)
     first = promote_in_mlflow(config, record)
