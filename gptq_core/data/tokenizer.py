@@ -8,16 +8,16 @@ from gptq_core.errors import InputError, foreign_input
 from gptq_core.model.opened import Model, open_model
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Model, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises InputError when the folder has none."""
-    opened = open_model(model)
+    opened = open_model(model, revision)
     with foreign_input(f"{opened.folder}: no tokenizer that transformers can load", "put the model's own tokenizer files there"):
         return AutoTokenizer.from_pretrained(opened.folder, config=opened.config, local_files_only=True, trust_remote_code=False)
 
 
-def model_limits(model: Model) -> int:
+def model_limits(model: Model, revision: str | None = None) -> int:
     """The longest window of tokens that the model allows."""
-    return window_limit(open_model(model).config)
+    return window_limit(open_model(model, revision).config)
 
 
 def window_limit(config: PretrainedConfig) -> int:

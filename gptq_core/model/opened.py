@@ -44,7 +44,7 @@ class OpenedModel:
             raise InputError(f"{self.folder}: its *.safetensors hold no tensors; download it again")
 
     def decoder(self, dtype: torch.dtype) -> Decoder:
-        """The empty model in this dtype. All who ask share it: one fills it at a time, and empties it again."""
+        """The empty model in this dtype. Its users share it: one at a time fills it, and empties it again."""
         if dtype not in self._decoders:
             self._decoders[dtype] = architecture.find_decoder(architecture.empty_model(self.config, dtype))
         return self._decoders[dtype]
