@@ -19,15 +19,17 @@ from prefect.utilities.urls import url_for
 
 from flows import progress
 from tasks.config.run import without_password
+from tasks.outcome.parts import Json, MlflowLink
+from tasks.outcome.record import RunRecord, SweepRecord
 
 LATER = "`python -m flows track-pending` logs it later"
 
 
-def prefect_run() -> dict[str, str | None]:
-    """Id of this flow run, and the address of its page if Prefect's settings give one, under their keys in a run record."""
+def add_prefect_run(record: RunRecord | SweepRecord) -> None:
+    """Fill in this flow run, with its page where Prefect's settings have one."""
     name = flow_run.get_id()
     page = url_for("flow-run", obj_id=name) if name else None
-    return {"prefect_flow_run_id": name, "prefect_flow_run_url": page and without_password(page)}
+    record.prefect_flow_run_id, record.prefect_flow_run_url = name, page and without_password(page)
 
 
 MOST_BYTES = 300_000
@@ -48,20 +50,20 @@ class Board:
         else:
             self._try(update_progress_artifact, self._bar, percent, description=text)
 
-    def tracked(self, logged: dict[str, Any]) -> None:
-        """Publish a link to the run in MLflow, or why there is none."""
-        if logged["error"]:
-            text = f"Not in MLflow yet ({logged['error']}); {LATER}."
-        elif logged["url"]:
-            text = f"[MLflow run {logged['run_id']}]({logged['url']})"
+    def tracked(self, link: MlflowLink) -> None:
+        """The link to the run in MLflow."""
+        if link.error:
+            text = f"Not in MLflow yet ({link.error}); {LATER}."
+        elif link.url:
+            text = f"[MLflow run {link.run_id}]({link.url})"
         else:
-            text = f"MLflow run `{logged['run_id']}` of experiment `{logged['experiment']}` in `{logged['uri']}`"
+            text = f"MLflow run `{link.run_id}` of experiment `{link.experiment}` in `{link.uri}`"
         self._try(create_markdown_artifact, text, key=f"{self.name}-mlflow", description="the run in MLflow")
 
-    def table(self, rows: dict[str, Any], text: str) -> None:
+    def table(self, rows: Json, text: str) -> None:
         self.lines([{"what": key, "value": value} for key, value in rows.items()], text)
 
-    def lines(self, rows: list[dict[str, Any]], text: str) -> None:
+    def lines(self, rows: list[Json], text: str) -> None:
         self._try(create_table_artifact, rows, key=f"{self.name}-results", description=text)
 
     def figure(self, draw: Callable[[], Any], title: str, report: Path | None) -> None:
@@ -74,7 +76,7 @@ class Board:
                 drawn.savefig(picture, format="png", dpi=90)
                 if picture.tell() <= MOST_BYTES:
                     text.append(f"![{title}](data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()})")
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # fields that a record lacks, values that matplotlib refuses
+        except (ValueError, ArithmeticError) as error:  # values that matplotlib refuses
             progress.reporter().note(f"no picture of the {title}: {type(error).__name__}: {error}")
         text += [f"The whole report: `{report.resolve()}`"] if report else []
         if len(text) > 1:

@@ -1,9 +1,19 @@
-"""Records made by hand, for the tests of the report: every field that a record may have, and what an old one had."""
+"""Records made by hand, for the tests of the report: every field that a record may have, and what an old one had.
+
+They are JSON, so that a test can change any part; `run_page` and the like take them as if they were read from disk.
+"""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
+
+from tasks.outcome.parts import Block
+from tasks.outcome.record import RunRecord, SweepRecord
+from tasks.report import compare
+from tasks.report import run as runs
+from tasks.report import sweep as sweeps
+from tasks.report.parts import Page
 
 EVIL = '</script><script>window.evil = 1</script><img src=x onerror="window.evil = 1">'
 
@@ -209,3 +219,19 @@ def sweep(**changes: Any) -> dict[str, Any]:
         "notified": None,
     }
     return found | changes
+
+
+def run_page(record: dict[str, Any]) -> Page:
+    return runs.page(RunRecord.model_validate(record))
+
+
+def sweep_page(record: dict[str, Any]) -> Page:
+    return sweeps.page(SweepRecord.model_validate(record))
+
+
+def comparison(a: dict[str, Any], b: dict[str, Any]) -> Page:
+    return compare.page(RunRecord.model_validate(a), RunRecord.model_validate(b))
+
+
+def blocks_of(found: list[dict[str, Any]]) -> list[Block]:
+    return [Block.model_validate(block) for block in found]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tracked import make_config, make_record, make_sweep
 
-from tasks.outcome import record as records
+from tasks.outcome.machine import machine
 from tasks.tracking.mlflow_runs import log_sweep, log_to_mlflow
 from tasks.tracking.registry import promote_in_mlflow
 
@@ -21,26 +21,26 @@ def answers(request, tmp_path_factory, migrated):
     def logged(name, kl, bits=4, place=home, sweep=None, gate=None, **changes):
         config = make_config(place, name, bits=bits, tracking=tracking, **({"gate": gate} if gate else {}))
         record = make_record(config, kl, source={"version": "1", "git": "abc"}, sweep=sweep, **changes)
-        record["mlflow"] = log_to_mlflow(config, record)
-        assert record["mlflow"]["error"] is None, record["mlflow"]
+        record.mlflow = log_to_mlflow(config, record)
+        assert record.mlflow.error is None, record.mlflow
         return config, record
 
     logged("three", 0.01, bits=3, model_digest="n" * 64)
     logged(
         "elsewhere",
         0.001,
-        evaluation_data=make_record(make_config(home, "x"))["evaluation_data"] | {"digest": "f" * 64},
+        evaluation_data=make_record(make_config(home, "x")).evaluation_data.model_copy(update={"digest": "f" * 64}),
         started="2020-01-01T00:00:00Z",
     )
     logged("failed", 0.5, gate={"max_kl": 0.4})
     for name, kl in (("first", 0.3), ("better", 0.2), ("worse", 0.25)):
         config, record = logged(name, kl, gate={"max_kl": 1, "register_as": "my-model"})
-        assert promote_in_mlflow(config, record)["error"] is None
+        assert promote_in_mlflow(config, record).error is None
     made = {name: make_record(make_config(home / "grid", name, tracking=tracking), kl) for name, kl in (("a=1", 0.4), ("a=2", 0.35))}
     sweep = make_sweep(home / "grid", made)
     for name, record in made.items():
-        assert log_to_mlflow(make_config(home / "grid", name, tracking=tracking), record)["error"] is None
-    assert log_sweep(make_config(home, "x", tracking=tracking).tracking, sweep)["error"] is None
+        assert log_to_mlflow(make_config(home / "grid", name, tracking=tracking), record).error is None
+    assert log_sweep(make_config(home, "x", tracking=tracking).tracking, sweep).error is None
     found = {"home": home}
     page = (request.config.rootpath / "docs" / "queries.md").read_text()
     with pytest.MonkeyPatch.context() as patch:
@@ -85,4 +85,4 @@ def test_every_name_that_is_logged_is_on_the_page(answers, request):
     runs = answers["client"].search_runs(answers["experiments"])
     tags = {tag for run in runs for tag in run.data.tags if tag.startswith(("gptq.", "prefect.", "mlflow.source", "mlflow.parent"))}
     assert tags - shown == {"gptq.sweep_id"}, "the id of a sweep is that of gptq.sweep"
-    assert answers["best"].data.tags["gptq.host"] == records.machine()["host"]
+    assert answers["best"].data.tags["gptq.host"] == machine().host

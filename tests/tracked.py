@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from tasks.config.run import RunConfig, from_dict
-from tasks.outcome import record as records
 from tasks.outcome.gate import judge
+from tasks.outcome.machine import machine, source
+from tasks.outcome.record import RunRecord, SweepRecord
 
 DAY = 1_700_000_000_000
 
@@ -33,7 +35,7 @@ def make_config(folder: Path, name: str = "out", uri: str = "env:GPTQ_STORE", bi
     )
 
 
-def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str, Any]:
+def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> RunRecord:
     """As tasks.run.compute leaves it on disk."""
 
     def layer(block: int, name: str, error: float | None) -> dict[str, Any]:
@@ -74,9 +76,15 @@ def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str
             "sentence": "worse",
         },
     ]
-    record = (
-        records.new(config, hashlib.sha256(config.out.name.encode()).hexdigest())
-        | {
+    key = hashlib.sha256(config.out.name.encode()).hexdigest()
+    record = RunRecord.model_validate(
+        {
+            "id": f"{key[:12]}-{uuid.uuid4().hex[:12]}",
+            "key": key,
+            "config": config.model_dump(mode="json"),
+            "out": str(config.out),
+            "machine": machine(),
+            "source": source(),
             "started": "2023-11-14T22:13:10Z",
             "finished_ms": DAY,
             "seconds": 3.0,
@@ -115,34 +123,34 @@ def make_record(config: RunConfig, kl: float = 0.25, **changes: Any) -> dict[str
         }
         | changes
     )
-    return record | {"gate": judge(config.gate, record) if config.gate else None}
+    record.gate = judge(config.gate, record.evaluation, record.assembly) if config.gate else None
+    return record
 
 
-def make_sweep(folder: Path, cells: dict[str, dict[str, Any]], model: str = "llama", **changes: Any) -> dict[str, Any]:
-    """A sweep.json of cells by name, each with its record; the first is recommended."""
+def make_sweep(folder: Path, cells: dict[str, RunRecord], model: str = "llama", **changes: Any) -> SweepRecord:
+    """A sweep of cells by name, each with its record; the first is recommended."""
     head = {"id": f"sweep-{folder.name}", "folder": str(folder), "mode": "exact", "started_ms": DAY - 60_000, "model": model}
     rows = []
     for name, record in cells.items():
-        evaluation = record["evaluation"]
-        record["sweep"] = head | {"cell": name}
+        record.sweep = head | {"cell": name}
         rows.append(
             {
                 "name": name,
                 "status": "done",
                 "error": None,
-                "out": record["out"],
+                "out": record.out,
                 "bytes": 10,
                 "bits_per_weight": 4.2,
-                "perplexity": evaluation["quantized_perplexity"],
-                "kl": evaluation["kl"],
+                "perplexity": record.evaluation.quantized_perplexity,
+                "kl": record.evaluation.kl,
                 "mlflow_run_id": None,
             }
         )
     first = next(iter(cells))
-    return head | {
+    found = head | {
         "config": {"grid": {"bits": [3, 4]}},
-        "source": records.source(),
-        "machine": records.machine(),
+        "source": source(),
+        "machine": machine(),
         "finished": "2023-11-14T22:13:20Z",
         "seconds": 60.0,
         "computed": list(cells),
@@ -155,6 +163,7 @@ def make_sweep(folder: Path, cells: dict[str, dict[str, Any]], model: str = "lla
         "notified": None,
         **changes,
     }
+    return SweepRecord.model_validate(found)
 
 
 def dump(address: str, experiment: str = "e") -> dict[str, Any]:

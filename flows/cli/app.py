@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -249,13 +250,12 @@ def track_pending(
         from tasks.tracking.replay import replay
 
         found = replay(outbox, uri)
-        show_json(found) if as_json else show_pending(outbox, found)
-        waiting = [each for each in found if each["why"]]
+        show_json([asdict(each) for each in found]) if as_json else show_pending(outbox, found)
+        waiting = [each for each in found if each.why]
         if waiting:
             fail(
                 FAILED,
-                f"{len(waiting)} of {len(found)} stay in {outbox}; the first is {waiting[0]['path'] or waiting[0]['entry']}: "
-                f"{waiting[0]['why']}",
+                f"{len(waiting)} of {len(found)} stay in {outbox}; the first is {waiting[0].path or waiting[0].entry}: {waiting[0].why}",
             )
 
 
@@ -321,9 +321,10 @@ def show_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show_pending(outbox: Path, found: list[dict[str, Any]]) -> None:
+def show_pending(outbox: Path, found: list[Any]) -> None:
+    """found: each a tasks.tracking.replay.Replayed."""
     for each in found:
-        typer.echo(f"{each['path'] or each['entry']}: {'stays: ' + each['why'] if each['why'] else 'logged as run ' + each['run_id']}")
+        typer.echo(f"{each.path or each.entry}: {f'stays: {each.why}' if each.why else f'logged as run {each.run_id}'}")
     if not found:
         typer.echo(f"{outbox}: nothing is pending")
 

@@ -1,4 +1,4 @@
-"""What a person sees at the end of a command, on stdout."""
+"""Tables at the end of a command, on stdout."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.config.run import RunConfig
-from tasks.outcome import gate
-from tasks.outcome.record import allocated, record_path
+from tasks.outcome.parts import Json, Loadability, Registration
+from tasks.outcome.record import RunRecord, SweepRecord, record_path
 from tasks.report.find import run_report, sweep_report
 from tasks.report.words import size
 from tasks.request.capacity import Foreseen, Shortage
@@ -19,57 +19,60 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}" if isinstance(value, float) else str(value)
 
 
-def show_table(rows: dict[str, Any]) -> None:
+def show_table(rows: Json) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2))
     for key, value in rows.items():
         table.add_row(key, number(value))
     _console().print(table)
 
 
-def show_run(config: RunConfig, record: dict[str, Any]) -> None:
+def show_run(config: RunConfig, record: RunRecord) -> None:
     """The short table of a run, and where to look."""
-    evaluation, assembly = record["evaluation"] or {}, record["assembly"]
-    chosen = allocated(record)
-    width = f"{record['allocation']['bits_per_weight']:.2f}" if chosen else config.quantization.bits
+    evaluation, assembly, allocation = record.evaluation, record.assembly, record.allocation
+    width = f"{allocation.bits_per_weight:.2f}" if allocation else config.quantization.bits
     table = Table(title=f"{config.out.name}: {width} bits, group {config.quantization.group_size}", title_justify="left")
     for column in ("", "original", "quantized"):
         table.add_column(column, justify="left" if not column else "right")
-    before, after = evaluation.get("original_perplexity"), evaluation.get("quantized_perplexity")
-    table.add_row("perplexity", *(f"{value:.3f}" if value is not None else "-" for value in (before, after)))
-    if evaluation.get("kl") is not None:
-        table.add_row("KL per token", "", f"{evaluation['kl']:.5f} nats")
-    if evaluation.get("top1_agreement") is not None:
-        table.add_row("same top token", "", f"{evaluation['top1_agreement']:.2%}")
-    table.add_row("size", size(assembly["original_bytes"]), size(assembly["bytes"]))
-    table.add_row("bits per weight", "", f"{assembly['bits_per_weight']:.3f}")
-    if record["seconds"] is not None:
-        table.add_row("seconds", "", f"{record['seconds']:.1f}")
+    perplexities = (evaluation.original_perplexity, evaluation.quantized_perplexity) if evaluation else (None, None)
+    table.add_row("perplexity", *(f"{value:.3f}" if value is not None else "-" for value in perplexities))
+    if evaluation and evaluation.kl is not None:
+        table.add_row("KL per token", "", f"{evaluation.kl:.5f} nats")
+    if evaluation and evaluation.top1_agreement is not None:
+        table.add_row("same top token", "", f"{evaluation.top1_agreement:.2%}")
+    table.add_row("size", size(assembly.original_bytes), size(assembly.bytes))
+    table.add_row("bits per weight", "", f"{assembly.bits_per_weight:.3f}")
+    if record.seconds is not None:
+        table.add_row("seconds", "", f"{record.seconds:.1f}")
     console = _console()
     console.print(table)
-    tracked = (record.get("mlflow") or {}).get("error") is None
+    console.print(_places(config, record))
+
+
+def _places(config: RunConfig, record: RunRecord) -> Table:
+    """Where the checkpoint lies, who loads it, and what came of its gate and its tracking."""
     uri = config.tracking.uri
     places = Table(show_header=False, box=None, padding=(0, 2))
     places.add_row("checkpoint", str(config.out))
     places.add_row("record", str(record_path(config.out)))
     if run_report(config.out).is_file():
         places.add_row("report", str(run_report(config.out)))
-    if chosen:
-        places.add_row("allocation", chosen)
-    if assembly.get("loads"):
-        places.add_row("loads in", loads_in(assembly["loads"]))
-    if record.get("gate"):
-        places.add_row("gate", gate.verdict(record["gate"]))
-    if record.get("registry"):
-        places.add_row("registry", registered(record["registry"]))
-    if not tracked:
+    if record.allocation:
+        places.add_row("allocation", str(record.allocation))
+    if record.assembly.loads:
+        places.add_row("loads in", loads_in(record.assembly.loads))
+    if record.gate:
+        places.add_row("gate", str(record.gate))
+    if record.registry:
+        places.add_row("registry", registered(record.registry))
+    if record.mlflow and record.mlflow.error:
         places.add_row("MLflow", "not recorded; python -m flows track-pending logs it later")
     else:
         places.add_row("MLflow", uri if uri.startswith(("http", "env:", "block:")) else f"python -m flows ui --store {uri}")
-    places.add_row("Prefect", f"python -m flows ui   (flow run {record['prefect_flow_run_id']})")
-    console.print(places)
+    places.add_row("Prefect", f"python -m flows ui   (flow run {record.prefect_flow_run_id})")
+    return places
 
 
-def show_inspection(found: dict[str, Any]) -> None:
+def show_inspection(found: Json) -> None:
     """A checkpoint's own account of itself."""
     head = {
         "checkpoint": found["path"],
@@ -84,7 +87,7 @@ def show_inspection(found: dict[str, Any]) -> None:
         "dense tensors": len(found["dense"]),
     }
     if found["loads"]:
-        head["loads in"] = loads_in(found["loads"])
+        head["loads in"] = loads_in([Loadability.model_validate(row) for row in found["loads"]])
     show_table(head)
     layers = Table(box=None, padding=(0, 2))
     for column in ("layer", "in", "out", "groups", "bits", "size"):
@@ -148,19 +151,18 @@ def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def registered(found: dict[str, Any]) -> str:
+def registered(found: Registration) -> str:
     """A version in the model registry, and whether it holds the alias."""
-    if found["error"]:
+    if found.error:
         return "not registered; the same command tries again, and so does python -m flows track-pending"
-    beaten = f", before: version {found['beaten']}" if found["beaten"] else ""
-    return f"{found['name']} version {found['version']}, {'is' if found['champion'] else 'not'} {found['alias']}{beaten}"
+    beaten = f", before: version {found.beaten}" if found.beaten else ""
+    return f"{found.name} version {found.version}, {'is' if found.champion else 'not'} {found.alias}{beaten}"
 
 
-def loads_in(verdicts: list[dict[str, Any]]) -> str:
-    """The consumers that take a checkpoint, by their rules."""
-    return ", ".join(f"{row['consumer']} {row['version']}" for row in verdicts if row["loads"]) or "none of " + ", ".join(
-        row["consumer"] for row in verdicts
-    )
+def loads_in(verdicts: list[Loadability]) -> str:
+    """The consumers that load a checkpoint, by their rules."""
+    loading = ", ".join(f"{row.consumer} {row.version}" for row in verdicts if row.loads)
+    return loading or "none of " + ", ".join(row.consumer for row in verdicts)
 
 
 def _console() -> Console:
@@ -169,38 +171,37 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=160)
 
 
-def show_sweep(found: dict[str, Any]) -> None:
-    """The cells, those of the front first by size, and the recommended one."""
-    label = " (screening: Hessians of the original, no checkpoints)" if found["mode"] == "screening" else ""
-    table = Table(title=f"{found['folder']}{label}", title_justify="left")
+def show_sweep(sweep: SweepRecord) -> None:
+    """The cells by size, unfinished ones last, and the recommended one."""
+    label = " (screening: Hessians of the original, no checkpoints)" if sweep.screening else ""
+    table = Table(title=f"{sweep.folder}{label}", title_justify="left")
     columns = ("cell", "size", "bits per weight", "perplexity", "KL per token", "seconds", "gate", "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("cell", "gate", "") else "right", overflow="fold")
-    order = {name: position for position, name in enumerate(found["front"])}
-    for row in sorted(found["cells"], key=lambda row: (row["status"] != "done", row["bytes"] or 0)):
-        if row["status"] != "done":
-            table.add_row(row["name"], "", "", "", "", "", "", row["status"])
+    choice = sweep.recommended
+    for cell in sorted(sweep.cells, key=lambda cell: (not cell.done, cell.bytes or 0)):
+        if not cell.done:
+            table.add_row(cell.name, "", "", "", "", "", "", cell.status)
             continue
-        marks = [*(["recommended"] if row["name"] == found["recommended"]["name"] else []), *(["front"] if row["name"] in order else [])]
+        marks = ["recommended"] * (cell.name == choice.name) + ["front"] * (cell.name in sweep.front)
         table.add_row(
-            row["name"],
-            size(row["bytes"]),
-            f"{row['bits_per_weight']:.3f}",
-            f"{row['perplexity']:.3f}",
-            "-" if row["kl"] is None else f"{row['kl']:.5f}",
-            f"{row['seconds']:.1f}",
-            row["gate"] or "",
+            cell.name,
+            size(cell.bytes),
+            f"{cell.bits_per_weight:.3f}",
+            f"{cell.perplexity:.3f}",
+            "-" if cell.kl is None else f"{cell.kl:.5f}",
+            f"{cell.seconds:.1f}",
+            cell.gate or "",
             ", ".join(marks),
         )
     console = _console()
     console.print(table)
-    for row in found["cells"]:
-        if row["status"] != "done":
-            console.print(f"{row['name']}: {row['status']}: {row['error']}", highlight=False, markup=False)
-    choice = found["recommended"]
-    text = f"recommended: {choice['name'] or 'none'} ({choice['rule']}): {choice['reason']}"
-    if found["mode"] == "screening" and choice["name"]:
+    for cell in sweep.cells:
+        if not cell.done:
+            console.print(f"{cell.name}: {cell.status}: {cell.error}", highlight=False, markup=False)
+    text = f"recommended: {choice.name or 'none'} ({choice.rule}): {choice.reason}"
+    if sweep.screening and choice.name:
         text += "; run it with mode: exact before you use it"
     console.print(text, highlight=False, markup=False)
-    if sweep_report(found["folder"]).is_file():
-        console.print(f"report: {sweep_report(found['folder'])}", highlight=False, markup=False)
+    if sweep_report(sweep.folder).is_file():
+        console.print(f"report: {sweep_report(sweep.folder)}", highlight=False, markup=False)

@@ -3,7 +3,6 @@
 Exit codes: 0 done; 1 failed; 2 wrong usage or config; 75 the output is held by another run; 130 interrupted.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -44,9 +43,10 @@ def run(config: Any) -> None:
             record = records.read(config.out)
         except PrefectAwayError:
             record = records.read(config.out)
-            if record is None or record == before or record["mlflow"] is None:
+            if record is None or record == before or record.mlflow is None:
                 raise
             typer.echo("computed, not recorded in Prefect: its server went away during the run", err=True)
+    assert record is not None  # written before the gate is judged
     show_run(config, record)
     demand(config, record)
 
@@ -54,6 +54,7 @@ def run(config: Any) -> None:
 def run_sweep(config: Any, as_json: bool) -> None:
     """Look at every cell, start Prefect and the flow where something is missing, and show the result."""
     quiet()  # what is imported from here on imports Prefect
+    from tasks.outcome import record as records
     from tasks.request.handing import handed_on
     from tasks.request.request import Requests
     from tasks.sweep import results
@@ -61,19 +62,20 @@ def run_sweep(config: Any, as_json: bool) -> None:
     with handed_on(Requests()):
         found, error = _swept(config)
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        typer.echo(records.text_of(found))
     else:
         from flows.cli.display import show_sweep
 
         show_sweep(found)
-    if reason := error or results.objection(found):
+    if reason := error or results.failure(found):
         fail(FAILED, reason)
 
 
-def _swept(config: Any) -> tuple[dict[str, Any], Exception | None]:
-    """sweep.json's content after the sweep, and what the flow failed with."""
+def _swept(config: Any) -> tuple[Any, Exception | None]:
+    """The SweepRecord after the sweep, and what the flow failed with."""
     started = time.perf_counter()
     from flows import progress
+    from tasks.outcome import record as records
     from tasks.report.writing import written
     from tasks.sweep import cells, results
 
@@ -81,7 +83,7 @@ def _swept(config: Any) -> tuple[dict[str, Any], Exception | None]:
     for state in states:
         if state.status not in ("done", "missing"):
             typer.echo(f"note: {state.cell.name}: {state.error}", err=True)
-    if found := results.settled(config, states):
+    if found := results.finished(config, states):
         typer.echo(f"{config.folder}: unchanged, nothing to do", err=True)
         return found, None
     from flows.sweep import SweepFailedError
@@ -91,14 +93,14 @@ def _swept(config: Any) -> tuple[dict[str, Any], Exception | None]:
         with watched():
             return flow(config), None
     except SweepFailedError as reason:
-        return results.read(config), reason
+        return records.read_sweep(config.folder), reason
     except PrefectAwayError:
         states = cells.examine(config)
         if any(state.status == "missing" for state in states):
             raise
         found = results.result(config, states, [], started)
-        results.write(config, found)
-        written("sweep", found, progress.Lines(lambda text: typer.echo(text, err=True)))
+        records.write_sweep(config.folder, found)
+        written(found, progress.Lines(lambda text: typer.echo(text, err=True)))
         typer.echo("computed, not recorded in Prefect: its server went away during the sweep", err=True)
         return found, None
 

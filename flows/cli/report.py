@@ -40,17 +40,10 @@ Run = Annotated[Path, typer.Argument(help="Folder of a checkpoint, or its .run.j
 def show(run_or_sweep: RunOrSweep, out: Out = None, open_: Open = False) -> None:
     """One HTML file that opens from disk: summary, quality and size, layers, time, what was left, config. The default command."""
     with outcome():
-        from gptq_core.errors import InputError
         from tasks.report.find import find
 
         found = find(run_or_sweep)
-        try:
-            page = page_of(found.kind, found.content)
-        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise InputError(
-                f"the record of {run_or_sweep} is damaged ({type(error).__name__}: {error}): the same command that made it writes it anew"
-            ) from error
-        _finish(page, out or found.report, open_)
+        _write(page_of(found.record), out or found.report, open_)
 
 
 @app.command()
@@ -58,19 +51,21 @@ def compare(a: Run, b: Run, out: Out = None, open_: Open = False) -> None:
     """Two runs side by side: numbers, config, error by layer. KL is compared only on the same held-out text."""
     with outcome():
         from gptq_core.errors import InputError
+        from tasks.outcome.record import RunRecord
         from tasks.report import compare as comparison
         from tasks.report.find import find
 
-        found = [find(a), find(b)]
+        found, runs = [find(a), find(b)], []
         for name, one in zip((a, b), found, strict=True):
-            if one.kind == "sweep":
+            if not isinstance(one.record, RunRecord):
                 raise InputError(f"{name} is a sweep: compare two runs, such as two of its cells")
+            runs.append(one.record)
         first, second = (one.report.name.removesuffix(".report.html") for one in found)
         beside = found[0].report.with_name(f"{first}-and-{second}.report.html")
-        _finish(comparison.page(found[0].content, found[1].content), out or beside, open_)
+        _write(comparison.page(*runs), out or beside, open_)
 
 
-def _finish(page: Page, path: Path, open_: bool) -> None:
+def _write(page: Page, path: Path, open_: bool) -> None:
     from gptq_core.errors import InputError
 
     try:

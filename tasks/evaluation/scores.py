@@ -30,8 +30,8 @@ from tasks.config.measures import PerplexityMeasure, TasksMeasure
 from tasks.config.run import RunConfig
 from tasks.evaluation import lm_eval_harness
 from tasks.evaluation.bootstrap import compare, sentence
+from tasks.outcome.parts import MeasureResult
 
-Rows = list[dict[str, Any]]
 FAILURES = (GPTQError, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, MemoryError, ImportError)
 """What an evaluation may end with through a device, a disk, a kernel or a model's own code. It costs numbers and never the checkpoint."""
 TEXT = "text"
@@ -70,17 +70,18 @@ class Measures:
                 notes.append(f"{shared}: its numbers are better than they would be on unseen text")
         return tuple(notes)
 
-    def run(self, progress: Callable[[int, int], None] | None = None) -> tuple[Rows, list[str]]:
-        """All measures, as rows of evaluation["measures"] in the run record; and what failed, a line each."""
-        rows, failed, judge = [], [], _Judge(self)
+    def run(self, progress: Callable[[int, int], None] | None = None) -> tuple[list[MeasureResult], list[str]]:
+        """Run all measures; the results, and a line for each that failed."""
+        results: list[MeasureResult] = []
+        failed, judge = [], _Judge(self)
         for done, measure in enumerate(self.config.evaluation.measures, 1):
             try:
-                rows += judge.rows(measure)
+                results += judge.results(measure)
             except FAILURES as error:
                 failed.append(f"{type(error).__name__}: {one_line(error)}")
             if progress:
                 progress(done, len(self.config.evaluation.measures))
-        return rows, failed
+        return results, failed
 
     def score_original(self) -> None:
         """Only the original's scores, for runs that follow."""
@@ -112,7 +113,7 @@ class _Judge:
         self._scores = self.config.out.parent / ".originals"
         self._loaded: tuple[tuple[str, OpenedModel], Any] | None = None
 
-    def rows(self, wanted: PerplexityMeasure | TasksMeasure) -> Rows:
+    def results(self, wanted: PerplexityMeasure | TasksMeasure) -> list[MeasureResult]:
         started = time.perf_counter()
         with lm_eval_harness.generators_kept():
             before = self.original(wanted)
@@ -123,9 +124,8 @@ class _Judge:
             for metric in metrics
             if metric in before["scores"].get(name, {})
         ]
-        for row in found:
-            row |= {"sentence": sentence(row), "seconds": time.perf_counter() - started}
-        return found
+        seconds = time.perf_counter() - started
+        return [MeasureResult(**row, sentence=sentence(row), seconds=seconds) for row in found]
 
     def original(self, wanted: PerplexityMeasure | TasksMeasure) -> dict[str, Any]:
         """Scores of the original, from disk where they were computed before."""

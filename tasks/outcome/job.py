@@ -8,9 +8,10 @@ from pydantic import Field, TypeAdapter
 
 from gptq_core.config import QuantizeConfig
 from tasks.config.run import ModelConfig, RunConfig
-from tasks.outcome.parts import Part, Screened, Text, Texts
+from tasks.outcome.parts import Part, Screened, Texts
 
 Version = Literal[2]
+Status = Literal["done", "failed", "invalid", "held", "memory", "time", "ended", "died"]
 
 
 class _Job(Part):
@@ -27,7 +28,7 @@ class RunJob(_Job):
 
     kind: Literal["run"] = "run"
     config: RunConfig
-    data: Texts
+    texts: Texts
     original: str | None
     """File of the original's log-probabilities; None: the cell runs the original itself."""
 
@@ -53,8 +54,7 @@ class ScreeningJob(_Job):
     model: ModelConfig
     cells: dict[str, QuantizeConfig]
     """By content key."""
-    calibration: Text
-    evaluation: Text
+    texts: Texts
 
 
 Job = RunJob | OriginalJob | ScreeningJob
@@ -65,7 +65,7 @@ class Outcome(Part):
     """What came of a job."""
 
     schema_version: Version = 2
-    status: Literal["done", "failed", "invalid", "held", "memory", "time", "ended", "died"]
+    status: Status
     error: str | None = None
     """Why it is not done, in one line."""
     screened: dict[str, Screened] = Field(default_factory=dict)

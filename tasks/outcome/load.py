@@ -1,7 +1,7 @@
-"""What the machine did while a run computed: load of its cores, memory, GPUs, sampled by a thread and kept in the run record.
+"""Load of the machine during a run: its cores, memory and GPUs, sampled by a thread and kept in the run record.
 
-The names are MLflow's own (without `system/`), so that its page of system metrics shows them. MLflow's own sampler would need the
-server during the run; this one needs nobody, and what is logged later from the record is what would have been logged at once.
+The names are MLflow's own (without `system/`), so that its page of system metrics shows them. MLflow's own sampler needs the server
+during the run; this one needs none, and what is logged later from the record is what would have been logged at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from tasks.outcome.parts import MachineLoad
+
 SECONDS = 1.0
 """Between two samples, at the start of a run."""
 LIMIT = 120
@@ -20,7 +22,7 @@ LIMIT = 120
 
 
 class Sampler:
-    """Samples while it is entered; `record()` is what it saw. A system that does not tell costs the samples and never the run."""
+    """Samples inside its `with`; `record()` returns the samples. If sampling fails the run continues without samples."""
 
     def __init__(self, seconds: float = SECONDS, limit: int = LIMIT) -> None:
         self.seconds, self.limit = seconds, limit
@@ -41,19 +43,17 @@ class Sampler:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def record(self) -> dict[str, Any] | None:
-        """{"interval_seconds", "times_ms": [...], "metrics": {name: [value or None, ...]}}, with a last sample of now; None: no samples."""
+    def record(self) -> MachineLoad | None:
+        """The samples so far and one of now; None: no samples."""
         self._sample()
         with self._change:
+            if not self._rows:
+                return None
             names = sorted({name for _, row in self._rows for name in row})
-            return (
-                {
-                    "interval_seconds": self.seconds,
-                    "times_ms": [int(when) for when, _ in self._rows],
-                    "metrics": {name: [row.get(name) for _, row in self._rows] for name in names},
-                }
-                if self._rows
-                else None
+            return MachineLoad(
+                interval_seconds=self.seconds,
+                times_ms=[int(when) for when, _ in self._rows],
+                metrics={name: [row.get(name) for _, row in self._rows] for name in names},
             )
 
     def _run(self) -> None:
@@ -61,7 +61,7 @@ class Sampler:
             pass
 
     def _sample(self) -> bool:
-        """Take a sample; False where the system does not tell."""
+        """Take a sample; False if the system refuses it."""
         try:
             row = sample()
         except (psutil.Error, OSError, RuntimeError, MemoryError):
@@ -105,7 +105,7 @@ def _gpus() -> dict[str, float]:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What torch ends with where nobody tells the load of a GPU: without nvidia-ml-py, and on a slice of one."""
+    """Errors of torch where the load of a GPU cannot be read: without nvidia-ml-py, and on a slice of a GPU."""
     nvml: Any = sys.modules.get("pynvml")
     return (ModuleNotFoundError, RuntimeError, *([nvml.NVMLError] if nvml else []))
 

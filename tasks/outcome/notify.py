@@ -1,6 +1,7 @@
-"""Telling others what came of a run: a shell command or a webhook gets the summary as JSON. A hook that fails costs a note.
+"""Notifications: a shell command or a webhook gets the numbers of a finished run or sweep as JSON. A hook that fails costs a note.
 
-A hook is told once: the same outcome again (finished work on a schedule) is told only to the hook that it did not reach before.
+The same notification is sent once: if the outcome is the same again (finished work on a schedule), only a hook whose last call failed
+is called.
 """
 
 from __future__ import annotations
@@ -21,62 +22,61 @@ import httpx
 from gptq_core.errors import InputError, one_line
 from tasks.config.run import NotifyConfig, RunConfig
 from tasks.config.secrets import resolve
-
-Told = dict[str, dict[str, Any]]
-"""Hook to {"told": digest of the summary, "error": None or one line}."""
+from tasks.outcome.parts import HookCall, HookCalls, Json
+from tasks.outcome.record import RunRecord
 
 NUMBERS = ("original_perplexity", "quantized_perplexity", "kl", "top1_agreement", "tokens", "digest", "recovery")
 
 
-def events(record: dict[str, Any]) -> list[str]:
-    """What happened, in the words of notify.when."""
-    verdict = record.get("gate")
-    failed = bool(record.get("evaluation_error")) or (verdict is not None and not verdict["passed"])
-    return ["done", *(["failed"] if failed else ["passed"] if verdict else [])]
+def happened(record: RunRecord) -> list[str]:
+    """The events of a run, in the words of notify.when."""
+    failed = bool(record.evaluation_error) or (record.gate is not None and not record.gate.passed)
+    return ["done", *(["failed"] if failed else ["passed"] if record.gate else [])]
 
 
-def summary(config: RunConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """A finished run as its hooks get it: stable while nothing changes, and without secrets."""
-    evaluation, assembly = record["evaluation"] or {}, record["assembly"]
+def notification(config: RunConfig, record: RunRecord) -> Json:
+    """A finished run as its hooks get it: the same while nothing changes, and without secrets."""
+    evaluation, assembly = record.evaluation, record.assembly
     return {
-        "events": events(record),
+        "events": happened(record),
         "name": config.out.name,
         "checkpoint": os.path.abspath(config.out),
-        "key": record["key"],
+        "key": record.key,
         "model": config.model.path,
         "revision": config.model.revision,
         "bits": config.quantization.bits,
         "group_size": config.quantization.group_size,
-        "bytes": assembly.get("bytes"),
-        "original_bytes": assembly.get("original_bytes"),
-        "bits_per_weight": assembly.get("bits_per_weight"),
-        "evaluation": {key: evaluation.get(key) for key in NUMBERS},
-        "evaluation_error": record["evaluation_error"],
-        "gate": record.get("gate"),
-        "registry": record.get("registry"),
-        "mlflow_run": (record["mlflow"] or {}).get("run_id"),
-        "seconds": record["seconds"],
-        "started": record["started"],
+        "bytes": assembly.bytes,
+        "original_bytes": assembly.original_bytes,
+        "bits_per_weight": assembly.bits_per_weight,
+        "evaluation": {key: getattr(evaluation, key) if evaluation else None for key in NUMBERS},
+        "evaluation_error": record.evaluation_error,
+        "gate": record.gate and record.gate.model_dump(mode="json"),
+        "registry": record.registry and record.registry.model_dump(mode="json"),
+        "mlflow_run": record.mlflow and record.mlflow.run_id,
+        "seconds": record.seconds,
+        "started": record.started,
     }
 
 
-def notify(hooks: NotifyConfig | None, happened: list[str], content: dict[str, Any], before: Told | None = None) -> Told:
-    """Tell each hook that wants to know what `happened`. before: what came of the last time; returned with what is new."""
-    told = dict(before or {})
-    if hooks is None or not set(happened) & set(hooks.when):
-        return told
+def notify(hooks: NotifyConfig | None, events: list[str], content: Json, before: HookCalls | None = None) -> HookCalls:
+    """Call each hook whose `when` names one of the events. before: the calls of the last time; returned with the new ones."""
+    calls = dict(before or {})
+    if hooks is None or not set(events) & set(hooks.when):
+        return calls
     text = json.dumps(_finite(content), ensure_ascii=False)
-    calls: dict[str, tuple[str | None, Callable[[str, str, float], str | None]]] = {
+    targets: dict[str, tuple[str | None, Callable[[str, str, float], str | None]]] = {
         "command": (hooks.command, _run),
         "webhook": (hooks.webhook, _post),
     }
-    for name, (target, call) in calls.items():
+    for name, (target, call) in targets.items():
         if target is None:
             continue
         digest = hashlib.sha256(f"{target}\n{text}".encode()).hexdigest()[:20]
-        if told.get(name, {}).get("told") != digest or told[name]["error"]:
-            told[name] = {"told": digest, "error": call(target, text, hooks.seconds)}
-    return told
+        last = calls.get(name)
+        if last is None or last.told != digest or last.error:
+            calls[name] = HookCall(told=digest, error=call(target, text, hooks.seconds))
+    return calls
 
 
 def _run(command: str, text: str, seconds: float) -> str | None:
@@ -103,7 +103,7 @@ def _run(command: str, text: str, seconds: float) -> str | None:
 
 
 def _post(webhook: str, text: str, seconds: float) -> str | None:
-    """POST `text` to the webhook. What is told of an error holds no address: the address may be the secret."""
+    """POST `text` to the webhook. Errors do not name the address, which may be the secret; None: it was taken."""
     try:
         with httpx.stream(
             "POST", resolve(webhook), content=text.encode(), headers={"Content-Type": "application/json"}, timeout=seconds

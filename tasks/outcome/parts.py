@@ -45,13 +45,11 @@ class Overlap(Part):
 
 
 class Texts(Part):
-    """The two texts of a run, as prepare_dataset returns them."""
+    """The two texts of a run, as tasks.request.texts.RunTexts writes and reads them."""
 
     calibration: Text
     evaluation: Text
     overlap: Overlap
-    notes: list[str]
-    seconds: float
 
 
 class Machine(Part):
@@ -239,8 +237,9 @@ class Evaluation(HeldOut):
         cls, numbers: HeldOut, overlap: Overlap | None = None, measures: list[MeasureResult] | None = None, measured: str | None = None
     ) -> Evaluation:
         """The numbers of the held-out text with these measures. No task is passed over in the recovery: if one has none, it has none."""
-        recoveries = [result.recovery for result in measures or [] if result.kind == "tasks"]
-        lowest = None if None in recoveries or measured is None else min(recoveries, default=None)
+        tasks = [result for result in measures or [] if result.kind == "tasks"]
+        recoveries = [result.recovery for result in tasks if result.recovery is not None]
+        lowest = min(recoveries, default=None) if measured is not None and len(recoveries) == len(tasks) else None
         later = {"overlap": overlap, "measures": measures or [], "measured": measured, "recovery": lowest}
         return cls(**(numbers.model_dump() | later))
 

@@ -1,6 +1,6 @@
-"""A page as one HTML file: styles, plotly, data and figures are in it, and its policy forbids it to ask any network.
+"""Write a page as one HTML file that holds styles, plotly, data and figures; its policy forbids any request to a network.
 
-Figures are drawn where the file is opened, from JSON in it. Without JavaScript the tables below them tell the same.
+Figures are drawn where the file is opened, from JSON in it. Without JavaScript the tables below them show the same numbers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from gptq_core.checkpoint.writer import replace_file
-from tasks.report.figures import DARK
 from tasks.report.parts import Page
+from tasks.report.plots import DARK
 
 HERE = Path(__file__).parent
 NUMERIC = re.compile(r"[+\-−]?\d")

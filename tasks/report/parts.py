@@ -1,4 +1,4 @@
-"""What a page is made of. The template knows how each of these looks, and nothing about runs."""
+"""The parts of a page. The template knows how each of them looks, and nothing about runs."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot by plotly, and the same in words and as a table for who cannot see it."""
+    """A plot by plotly, and the same in words and as a table for a reader who cannot see it."""
 
     key: str
     title: str
-    told: str
+    description: str
     plot: dict[str, Any]
     """plotly's `data` and `layout`."""
     table: Table

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 NONE = "–"
 
 
-def size(count: float) -> str:
-    """Bytes in the unit that reads best."""
+def size(count: float | None) -> str:
+    """Bytes in the unit that reads best; a dash for what is not known."""
+    if count is None:
+        return NONE
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -18,7 +20,7 @@ def size(count: float) -> str:
 
 
 def size_unit(largest: float) -> tuple[float, str]:
-    """What to divide bytes by for an axis that reaches to `largest`, and the name of that unit."""
+    """Divisor of bytes for an axis that reaches to `largest`, and the name of that unit."""
     return next(((10.0**power, unit) for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")) if largest >= 10**power), (1.0, "bytes"))
 
 
@@ -28,7 +30,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def known(value: Any) -> bool:
+def known(value: float | None) -> TypeGuard[float]:
     """Whether it is a number to show: records hold null, and NaN or Infinity where something overflowed."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -99,9 +99,9 @@ class Request:
         for value in (config.tracking.uri, config.notify and config.notify.webhook):
             secrets.check(value or "")
         tight = fits(config, self.foreseen)
-        texts, record = self.texts, records.read(config.out) or {}
+        texts, record = self.texts, records.read(config.out)
         overlapping: tuple[str, ...] = ()
-        if (record.get("evaluation") or {}).get("measured") != self.measures.key:
+        if (record.evaluation.measured if record and record.evaluation else None) != self.measures.key:
             overlapping = self.measures.check(texts.calibration)
         job = self.job
         verdicts = loadability(job.config, job.selection) if self.allocation else self.foreseen.verdicts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from gptq_core.data.overlap import NGRAM, objection, overlap
 from gptq_core.data.tokenizer import load_tokenizer, model_limits
@@ -13,6 +12,7 @@ from gptq_core.data.windows import Windows, calibration_windows, evaluation_wind
 from gptq_core.errors import InputError
 from gptq_core.model.opened import OpenedModel
 from tasks.config.run import RunConfig
+from tasks.outcome.parts import Overlap, Text, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,25 +25,21 @@ class RunTexts:
     overlap: tuple[float, float] = (0.0, 0.0)
     """Share of the held-out text's n-grams that calibration sees too, and share of the calibration's that stand in the held-out text."""
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the windows into `folder`; {"calibration": record, "evaluation": record, "overlap": as in the run record}."""
+    def save(self, folder: Path) -> Texts:
+        """Write the windows into `folder`."""
         share, of_calibration = self.overlap
-        return {
-            "calibration": save(self.calibration, folder, "calibration"),
-            "evaluation": save(self.evaluation, folder, "evaluation"),
-            "overlap": {
-                "share": share,
-                "calibration_share": of_calibration,
-                "ngram": NGRAM,
-                "positions": self.evaluation.total_windows * max(0, self.evaluation.seqlen - NGRAM + 1),
-            },
-        }
+        positions = self.evaluation.total_windows * max(0, self.evaluation.seqlen - NGRAM + 1)
+        return Texts(
+            calibration=save(self.calibration, folder, "calibration"),
+            evaluation=save(self.evaluation, folder, "evaluation"),
+            overlap=Overlap(share=share, calibration_share=of_calibration, ngram=NGRAM, positions=positions),
+        )
 
     @classmethod
-    def load(cls, record: dict[str, Any]) -> RunTexts:
+    def load(cls, saved: Texts) -> RunTexts:
         """Read back what `save` has written."""
-        calibration, evaluation = (Windows.load(record[role]["file"]) for role in ("calibration", "evaluation"))
-        return cls(calibration, evaluation, overlap=(record["overlap"]["share"], record["overlap"]["calibration_share"]))
+        calibration, evaluation = (Windows.load(text.file) for text in (saved.calibration, saved.evaluation))
+        return cls(calibration, evaluation, overlap=(saved.overlap.share, saved.overlap.calibration_share))
 
 
 def read_texts(config: RunConfig, model: OpenedModel) -> RunTexts:
@@ -71,19 +67,19 @@ def read_texts(config: RunConfig, model: OpenedModel) -> RunTexts:
     return RunTexts(seen, held_out, notes, shares)
 
 
-def save(windows: Windows, folder: Path, role: str) -> dict[str, Any]:
-    """Write `windows` into a file that is named by their digest, unless it is there; a record of file, digest, source and sizes."""
+def save(windows: Windows, folder: Path, role: str) -> Text:
+    """Write `windows` into a file that is named by their digest, unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{role}-{windows.digest[:20]}.safetensors"
     if not path.exists():
         draft = path.with_name(f".{os.getpid()}-{path.name}")
         windows.save(draft)
         draft.replace(path)
-    return {
-        "file": str(path),
-        "digest": windows.digest,
-        "source": windows.source,
-        "windows": windows.count,
-        "seqlen": windows.seqlen,
-        "total_windows": windows.total_windows,
-    }
+    return Text(
+        file=str(path),
+        digest=windows.digest,
+        source=windows.source,
+        windows=windows.count,
+        seqlen=windows.seqlen,
+        total_windows=windows.total_windows,
+    )

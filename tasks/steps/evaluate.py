@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -12,13 +11,14 @@ from gptq_core.data.windows import Windows
 from gptq_core.inference import backends
 from gptq_core.inference.evaluation import Progress, evaluate_one, evaluate_pair
 from gptq_core.model.opened import OpenedModel
+from tasks.outcome.parts import HeldOut, Json, MeasureResult
 from tasks.request.request import Request
 from tasks.steps.opaque import Opaque
 
 
 @task(name="measure", cache_policy=NO_CACHE)
-def measure(request: Opaque[Request], progress: Opaque[Progress | None]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of the measures, on the checkpoint and on the original, and what failed."""
+def measure(request: Opaque[Request], progress: Opaque[Progress | None]) -> tuple[list[MeasureResult], list[str]]:
+    """Run the measures on the checkpoint and on the original; the results, and a line for each measure that failed."""
     return request.value.measures.run(progress.value)
 
 
@@ -32,15 +32,15 @@ def evaluate(
     progress: Opaque[Progress | None],
     backend: str | None = None,
     stored: str | None = None,
-) -> dict[str, Any]:
-    """The numbers of evaluate_pair, and seconds. Without an `original` only those that need none; the others are None.
+) -> HeldOut:
+    """Measure perplexity and KL on the held-out windows. Without an `original` only what needs none; the other numbers are None.
 
-    backend: who runs the checkpoint's linears, as in load_quantized. stored: the original's log-probabilities, as in evaluate_pair.
+    backend: what runs the checkpoint's linears, as in load_quantized. stored: the original's log-probabilities, as in evaluate_pair.
     """
     started, text = time.perf_counter(), windows.value
     if original is None:
         alone = evaluate_one(checkpoint, text, device=device, backend=backend, progress=progress.value)
-        numbers: dict[str, Any] = {
+        numbers: Json = {
             "original_perplexity": None,
             "quantized_perplexity": alone["perplexity"],
             "kl": None,
@@ -53,10 +53,6 @@ def evaluate(
         numbers = dict(
             evaluate_pair(original.value, checkpoint, text, kl=kl, device=device, backend=backend, stored=stored, progress=progress.value)
         )
-    return {
-        **numbers,
-        "backend": backends.named(backend) or "torch",
-        "digest": text.digest,
-        "seqlen": text.seqlen,
-        "seconds": time.perf_counter() - started,
-    }
+    return HeldOut(
+        **numbers, backend=backends.named(backend) or "torch", digest=text.digest, seqlen=text.seqlen, seconds=time.perf_counter() - started
+    )

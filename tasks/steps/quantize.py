@@ -12,7 +12,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 
 from gptq_core.errors import GPTQError
-from gptq_core.run.engine import BlockRecord, Published, Quantization
+from gptq_core.run.engine import Quantization
+from tasks.outcome.parts import Assembly, Block
 from tasks.steps.opaque import Opaque
 
 
@@ -28,12 +29,12 @@ def capture_calibration(job: Opaque[Quantization]) -> dict[str, int]:
 
 
 @task(name="quantize_block", task_run_name="quantize_block-{index}", cache_policy=NO_CACHE, retries=1, retry_condition_fn=may_retry)
-def quantize_block(job: Opaque[Quantization], index: int) -> BlockRecord:
+def quantize_block(job: Opaque[Quantization], index: int) -> Block:
     """Quantize and commit decoder block `index`, or replay it from disk."""
-    return job.value.quantize_block(index)
+    return Block.model_validate(job.value.quantize_block(index))
 
 
 @task(name="assemble", cache_policy=NO_CACHE)
-def assemble(job: Opaque[Quantization]) -> Published:
-    """Publish the checkpoint; on finished work, its record as it was."""
-    return job.value.assemble()
+def assemble(job: Opaque[Quantization]) -> Assembly:
+    """Publish the checkpoint; on finished work, its summary as it was."""
+    return Assembly.model_validate(job.value.assemble())

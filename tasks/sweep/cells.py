@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import GPTQError, InputError, OutputHeldError
@@ -22,10 +22,12 @@ from tasks.config.run import RunConfig
 from tasks.config.sweep import Cell, SweepConfig
 from tasks.outcome import record as records
 from tasks.outcome.gate import judge
+from tasks.outcome.job import Outcome
+from tasks.outcome.parts import Quality, Screened, Sizes
+from tasks.outcome.record import RunRecord, damage
 from tasks.request.capacity import fits
 from tasks.request.request import Request, Requests
 from tasks.run import evaluated
-from tasks.sweep.workers import Outcome
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,21 @@ class State:
     cell: Cell
     status: str
     error: str | None = None
-    record: dict[str, Any] | None = None
-    """A run record; of a screened cell its figures."""
+    record: RunRecord | None = None
+    screened: Screened | None = None
+    """In place of a record, where cells are screened."""
     key: str | None = None
     opened: Request | None = None
     """Its request; None where its config is invalid."""
+
+    @property
+    def numbers(self) -> tuple[Quality, Sizes, float | None] | None:
+        """Quality, sizes and seconds of a cell that is done."""
+        if self.screened:
+            return self.screened, self.screened, self.screened.seconds
+        if self.record and self.record.evaluation:
+            return self.record.evaluation, self.record.assembly, self.record.seconds
+        return None
 
     @property
     def request(self) -> Request:
@@ -84,13 +96,13 @@ def _examine_exact(state: State) -> State:
         return replace(state, status="invalid", error=str(error))
     except (GPTQError, OSError, ValueError) as error:  # a damaged manifest or record, a folder that cannot be read
         return replace(state, status="failed", error=f"{config.out}: {type(error).__name__}: {error}")
-    if finished and record and record.get("key") == key and evaluated(record, request):
-        record |= {"gate": judge(config.gate, record) if config.gate else None}
+    if finished and record and record.key == key and evaluated(record, request):
+        record.gate = judge(config.gate, record.evaluation, record.assembly) if config.gate else None
         return replace(state, status="done", record=record, key=key)
     return replace(state, status="missing", key=key)
 
 
-def _examine_screening(state: State, screened: dict[str, Any]) -> State:
+def _examine_screening(state: State, screened: dict[str, Screened]) -> State:
     config, request = state.config.quantization, state.request
     try:
         heldout = request.texts.evaluation.digest
@@ -100,12 +112,22 @@ def _examine_screening(state: State, screened: dict[str, Any]) -> State:
         key = hashlib.sha256(f"{request.key} {heldout}".encode()).hexdigest()
     except InputError as error:
         return replace(state, status="invalid", error=str(error))
-    record = screened.get(key)
-    return replace(state, status="done" if record else "missing", record=record, key=key)
+    return replace(state, status="done" if key in screened else "missing", screened=screened.get(key), key=key)
 
 
-def _screened(config: SweepConfig) -> dict[str, Any]:
-    return _read(config.folder / "screening.json", "its cells are screened again")
+SCREENED = TypeAdapter(dict[str, Screened])
+
+
+def _screened(config: SweepConfig) -> dict[str, Screened]:
+    """The figures that the folder holds, by content key."""
+    path = config.folder / "screening.json"
+    try:
+        return SCREENED.validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        why = damage(error) if isinstance(error, ValidationError) else error
+        raise InputError(f"{path} cannot be read ({why}): remove it; its cells are screened again") from error
 
 
 @contextmanager
@@ -118,9 +140,12 @@ def alone(config: SweepConfig) -> Iterator[None]:
         yield
 
 
-def keep_screened(config: SweepConfig, found: dict[str, dict[str, Any]]) -> None:
+def keep_screened(config: SweepConfig, found: dict[str, Screened]) -> None:
     """Add figures by content key to those that the folder holds."""
-    _write(config.folder / "screening.json", _screened(config) | found)
+    path = config.folder / "screening.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = SCREENED.dump_python(_screened(config) | found, mode="json")
+    replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # -- what came out --------------------------------------------------------------------------------------------------------
@@ -128,25 +153,9 @@ def keep_screened(config: SweepConfig, found: dict[str, dict[str, Any]]) -> None
 
 def after(state: State, outcome: Outcome) -> State:
     """A cell after its job: what lies on disk decides; the outcome says why nothing lies there."""
-    found = _examine_exact(state) if outcome["status"] != "held" else state
+    found = _examine_exact(state) if outcome.status != "held" else state
     if found.status == "done":
         return found
-    status = outcome["status"] if outcome["status"] != "done" else "failed"
-    record = records.read(state.config.out) or {}
-    error = outcome["error"] or record.get("evaluation_error") or "ended without a result"
-    return replace(found, status=status, error=error)
-
-
-def _read(path: Path, without: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}): remove it; {without}") from error
-
-
-def _write(path: Path, value: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-    return path
+    record = records.read(state.config.out)
+    error = outcome.error or (record and record.evaluation_error) or "ended without a result"
+    return replace(found, status="failed" if outcome.done else outcome.status, error=error)

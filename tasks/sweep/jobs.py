@@ -11,11 +11,11 @@ from gptq_core.checkpoint import reader
 from gptq_core.inference.evaluation import original_bytes
 from tasks.config.sweep import SweepConfig, cores, devices_of
 from tasks.outcome import record as records
+from tasks.outcome.job import OriginalJob, RunJob, ScreeningJob, without_passwords
 from tasks.request.capacity import available_memory, existing
 from tasks.request.request import Request
 from tasks.request.texts import save
 from tasks.sweep.cells import State
-from tasks.sweep.worker import Job
 
 STORED_ORIGINAL = 4_000_000_000
 """Bytes of the original's log-probabilities that are kept on disk for the cells. Beyond that every cell runs the original itself."""
@@ -57,42 +57,42 @@ def _free(devices: list[str]) -> int | None:
     return min(torch.cuda.mem_get_info(int(device))[0] for device in devices)
 
 
-def jobs(config: SweepConfig, missing: list[State], threads: int, originals: dict[str, str]) -> dict[str, Job]:
+def jobs(config: SweepConfig, missing: list[State], threads: int, originals: dict[str, str]) -> dict[str, RunJob]:
     """A job for each missing cell of an exact sweep, by the cell's name."""
-    common = {"kind": "run", "threads": threads, "memory_gb": config.limits.memory_gb, "known_sha256": dict(reader.known_sha256)}
-    found = {}
-    for state in missing:
-        found[state.cell.name] = common | {
-            "config": state.config.model_dump(mode="json"),
-            "texts": state.request.texts.save(records.beside(state.config.out, ".work")),
-            "original": originals.get(_original_key(state.request)),
-        }
-    return found
-
-
-def screening_jobs(config: SweepConfig, missing: list[State], threads: int) -> list[Job]:
-    """A job for all missing cells that share model and texts."""
-    found: dict[str, Job] = {}
-    for state in missing:
-        texts, model = state.request.texts, state.config.model
-        digests = [texts.calibration.digest, texts.evaluation.digest]
-        job = found.setdefault(
-            json.dumps([model.model_dump(), digests]),
-            {
-                "kind": "screening",
-                "threads": threads,
-                "memory_gb": config.limits.memory_gb,
-                "model": model.model_dump(),
-                "cells": {},
-                "known_sha256": dict(reader.known_sha256),
-                "texts": texts.save(config.folder / "shared"),
-            },
+    return {
+        state.cell.name: RunJob(
+            threads=threads,
+            memory_gb=config.limits.memory_gb,
+            known_sha256=dict(reader.known_sha256),
+            config=without_passwords(state.config),
+            texts=state.request.texts.save(records.beside(state.config.out, ".work")),
+            original=originals.get(_original_key(state.request)),
         )
-        job["cells"][state.key] = state.config.quantization.model_dump(mode="json")
+        for state in missing
+    }
+
+
+def screening_jobs(config: SweepConfig, missing: list[State], threads: int) -> list[ScreeningJob]:
+    """A job for all missing cells that share model and texts."""
+    found: dict[str, ScreeningJob] = {}
+    for state in missing:
+        assert state.key is not None  # a valid cell of a screening has one
+        texts, model = state.request.texts, state.config.model
+        alike = json.dumps([model.model_dump(), texts.calibration.digest, texts.evaluation.digest])
+        if alike not in found:
+            found[alike] = ScreeningJob(
+                threads=threads,
+                memory_gb=config.limits.memory_gb,
+                known_sha256=dict(reader.known_sha256),
+                model=model,
+                cells={},
+                texts=texts.save(config.folder / "shared"),
+            )
+        found[alike].cells[state.key] = state.config.quantization
     return list(found.values())
 
 
-def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tuple[dict[str, Job], dict[str, str]]:
+def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tuple[dict[str, OriginalJob], dict[str, str]]:
     """Jobs that run an original once for several cells, and the files of those that are stored already; both by content key."""
     wanted: dict[str, list[State]] = {}
     for state in missing:
@@ -105,17 +105,16 @@ def original_jobs(config: SweepConfig, missing: list[State], threads: int) -> tu
         if file.is_file():
             stored[key] = str(file)
         elif len(states) > 1 and size <= min(STORED_ORIGINAL, shutil.disk_usage(existing(config.folder)).free // 2):
-            found[key] = {
-                "kind": "original",
-                "threads": threads,
-                "memory_gb": config.limits.memory_gb,
-                "model": model.path,
-                "revision": model.revision,
-                "device": model.device,
-                "file": str(file),
-                "windows": save(windows, file.parent, "evaluation")["file"],
-                "config": states[0].config.model_dump(mode="json") if states[0].config.evaluation.measures else None,
-            }
+            found[key] = OriginalJob(
+                threads=threads,
+                memory_gb=config.limits.memory_gb,
+                model=model.path,
+                revision=model.revision,
+                device=model.device,
+                windows=save(windows, file.parent, "evaluation").file,
+                file=str(file),
+                config=without_passwords(states[0].config) if states[0].config.evaluation.measures else None,
+            )
     return found, stored
 
 

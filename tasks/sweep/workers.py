@@ -1,9 +1,8 @@
-"""Workers and who leases them: cells run beside each other, each in a process that may die without taking anything with it."""
+"""Workers and their leases: cells run beside each other, each in a process that may die without taking anything with it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -13,18 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from gptq_core.errors import one_line
-from tasks.sweep.worker import Job
+from tasks.config.sweep import LimitsConfig
+from tasks.outcome.job import Event, Job, Outcome
 
-Outcome = dict[str, Any]
-"""{"status": done | failed | invalid | held | memory | time | ended, "error": line or None, "attempts": n, "seconds": s, "result": ...}."""
 INHERITED = "inherited"
 """A device that the surroundings have chosen already, as Ray does by CUDA_VISIBLE_DEVICES."""
 COMMAND = (sys.executable, "-m", "tasks.sweep.worker")
-AGAIN = ("died",)
-"""Ends of an attempt after which another one may go better: not what the engine refuses, nor a limit."""
+DIED, ENDED = Outcome(status="died"), Outcome(status="ended", error="the sweep ended before")
 
 
 class Worker:
@@ -35,34 +32,35 @@ class Worker:
         self.device, self.log, self.threads, self.folder, self.command = device, log, threads, folder, command
         self._process: subprocess.Popen[str] | None = None
         self._retired = False
-        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._events: queue.Queue[Event | None] = queue.Queue()
 
-    def run(self, job: Job, minutes: float | None, note: Callable[[str], None]) -> tuple[str, Any]:
-        """("done", result), or (how it ended, one line). The process is gone after anything but "done"."""
+    def run(self, job: Job, minutes: float | None, note: Callable[[str], None]) -> Outcome:
+        """One attempt at a job. The process is gone after anything but "done"."""
         until = None if minutes is None else time.monotonic() + 60 * minutes
         try:
             if self._retired:
-                return "ended", "the sweep ended before"
+                return ENDED
             if self._process is None:
                 self._start()
             if self._retired:  # while it was started
                 self.close()
-                return "ended", "the sweep ended before"
-            self._process.stdin.write(json.dumps(job) + "\n")
+                return ENDED
+            assert self._process and self._process.stdin
+            self._process.stdin.write(job.model_dump_json() + "\n")
             self._process.stdin.flush()
-            status, found = self._wait(until, note)
+            outcome = self._wait(until, note)
         except BrokenPipeError:
-            status, found = "died", None
+            outcome = DIED
         except BaseException:  # an interrupt or a cancelled task: the cell ends with the one who asked for it
             self.close()
             raise
-        if status == "died":
-            status, found = ("ended", "the sweep ended before") if self._retired else ("died", self._last_words())
-        elif status == "time":
-            found = f"took longer than limits.minutes = {minutes:g}"
-        if status != "done":
+        if outcome.status == "died":
+            outcome = ENDED if self._retired else Outcome(status="died", error=self._last_words())
+        elif outcome.status == "time":
+            outcome = Outcome(status="time", error=f"took longer than limits.minutes = {minutes:g}")
+        if not outcome.done:
             self.close()
-        return status, found
+        return outcome
 
     def close(self) -> None:
         """End the process; what it has committed stays."""
@@ -71,6 +69,7 @@ class Worker:
             process.kill()
             process.wait()
             with contextlib.suppress(BrokenPipeError):
+                assert process.stdin
                 process.stdin.close()
 
     def retire(self) -> None:
@@ -89,7 +88,7 @@ class Worker:
             environ["CUDA_VISIBLE_DEVICES"] = "" if self.device == "cpu" else self.device
         with self.log.open("a") as log:
             self._begin = log.tell()
-            # a session of its own: Ctrl-C at the terminal is for the parent, which tells it
+            # a session of its own: Ctrl-C at the terminal is for the parent, which ends the worker
             self._process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
@@ -103,22 +102,21 @@ class Worker:
         self._events = queue.Queue()
         threading.Thread(target=_read, args=(self._process.stdout, self._events), daemon=True).start()
 
-    def _wait(self, until: float | None, note: Callable[[str], None]) -> tuple[str, Any]:
+    def _wait(self, until: float | None, note: Callable[[str], None]) -> Outcome:
         while True:
             try:
                 event = self._events.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
             except queue.Empty:
-                return "time", None
+                return Outcome(status="time")
             if event is None:
-                return "died", None
-            if event["event"] == "done":
-                return "done", event["result"]
-            if event["event"] == "failed":
-                return event["kind"], event["text"]
-            if event["event"] == "progress":
-                note(event["text"])
+                return DIED
+            if event.outcome is not None:
+                return event.outcome
+            if event.event == "progress":
+                note(event.text)
 
     def _last_words(self) -> str:
+        assert self._process
         try:
             code = self._process.wait(10)
         except subprocess.TimeoutExpired:  # it said something that is no event, and lives
@@ -133,10 +131,10 @@ class Worker:
         return f"its process ended with code {code}: {one_line(lines[-1]) if lines else 'no message'} (see {self.log})"
 
 
-def _read(stream: Any, events: queue.Queue[dict[str, Any] | None]) -> None:
+def _read(stream: IO[str], events: queue.Queue[Event | None]) -> None:
     with contextlib.suppress(ValueError):  # a line cut short by a kill
         for line in stream:
-            events.put(json.loads(line))
+            events.put(Event.model_validate_json(line))
     events.put(None)
 
 
@@ -162,15 +160,14 @@ class Leases:
             worker.retire()
 
 
-def supervise(worker: Worker, job: Job, limits: dict[str, Any], note: Callable[[str], None]) -> Outcome:
-    """Run a job to its end, begun again at most limits["retries"] times where its process died."""
+def supervise(worker: Worker, job: Job, limits: LimitsConfig, note: Callable[[str], None]) -> Outcome:
+    """Run a job to its end, again at most limits.retries times if its process died: what the engine refuses would be refused again."""
     started, attempts = time.perf_counter(), 0
     while True:
         attempts += 1
-        status, found = worker.run(job, limits["minutes"], note)
-        if status not in AGAIN or attempts > limits["retries"]:
+        outcome = worker.run(job, limits.minutes, note)
+        if outcome.status != "died" or attempts > limits.retries:
             break
-        note(f"{found}; begun again")
-    outcome = {"status": "failed" if status == "died" else status, "error": None, "attempts": attempts, "result": None}
-    outcome["result" if status == "done" else "error"] = found
-    return outcome | {"seconds": time.perf_counter() - started}
+        note(f"{outcome.error}; begun again")
+    status = "failed" if outcome.status == "died" else outcome.status
+    return outcome.model_copy(update={"status": status, "attempts": attempts, "seconds": time.perf_counter() - started})

@@ -1,6 +1,6 @@
 """The outbox: a small file for every record that MLflow did not take, until tasks.tracking.replay has logged it. No MLflow here.
 
-A file tells where the record lies and nothing that the record tells; an address in it has stars for its password.
+A file names the record and holds nothing of its content; an address in it has stars for its password.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import InputError, one_line
 from tasks.config.run import TrackingConfig, without_password
+from tasks.outcome.parts import MlflowLink, Registration
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Entry:
 
 
 def put(tracking: TrackingConfig, kind: str, path: str | Path, why: str, register: bool = False) -> str | None:
-    """Keep `path` for later, or tell anew why it is still there. One line where the folder cannot be written, else None."""
+    """Keep `path` for later, with the reason of the last try. One line where the folder cannot be written, else None."""
     file = place(tracking, path)
     try:
         before = read(file) if file.is_file() else None
@@ -62,12 +63,16 @@ def clear(tracking: TrackingConfig, path: str | Path) -> None:
     place(tracking, path).unlink(missing_ok=True)
 
 
-def settle(tracking: TrackingConfig, kind: str, path: str | Path, outcome: dict[str, Any], register: bool = False) -> None:
-    """Keep or clear, as the `error` of a try says; what cannot be kept is told there too."""
-    if outcome["error"] is None:
+L = TypeVar("L", MlflowLink, Registration)
+
+
+def update(tracking: TrackingConfig, kind: str, path: str | Path, link: L, register: bool = False) -> L:
+    """Clear the entry of `path`, or keep one if the link has an `error`; the link, whose error also says where that failed."""
+    if link.error is None:
         clear(tracking, path)
-    elif lost := put(tracking, kind, path, outcome["error"], register):
-        outcome["error"] += f"; {lost}"
+    elif lost := put(tracking, kind, path, link.error, register):
+        return link.model_copy(update={"error": f"{link.error}; {lost}"})
+    return link
 
 
 def place(tracking: TrackingConfig, path: str | Path) -> Path:

@@ -1,68 +1,77 @@
-"""What lies in the outbox, logged and registered as it would have been at once: `python -m flows track-pending`.
+"""Log and register what lies in the outbox, as it would have been at once: `python -m flows track-pending`.
 
-Every entry is tried for itself: a damaged one, or one whose record is gone, is told and stops no other. An entry that MLflow has
-already is only cleared. Where a store does not answer, the entries of that store are not tried one by one.
+Every entry is tried by itself: a damaged one, or one whose record is gone, is reported and stops no other. An entry that MLflow has
+already is only cleared. If a store does not answer, the other entries of that store are not tried.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from gptq_core.checkpoint.writer import replace_file
 from gptq_core.errors import GPTQError, InputError, one_line
 from gptq_core.runtime.lock import hold
 from tasks.config.run import TrackingConfig, from_dict
 from tasks.outcome import record as records
+from tasks.outcome.parts import MlflowLink, Registration
+from tasks.outcome.record import RunRecord
 from tasks.tracking import outbox
 from tasks.tracking.mlflow_runs import log_sweep, log_to_mlflow, reachable
 from tasks.tracking.outbox import Entry
 from tasks.tracking.registry import promote_in_mlflow
 
-Outcome = dict[str, Any]
-"""{"entry": file, "kind", "path", "since", "why": None once it is logged, else the reason why it stays, "run_id", "url"}."""
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came of an entry."""
+
+    entry: str
+    """Its file."""
+    kind: str | None = None
+    path: str | None = None
+    since: str | None = None
+    why: str | None = None
+    """Why the entry stays; None: it is logged."""
+    run_id: str | None = None
+    url: str | None = None
 
 
-def replay(folder: Path, uri: str | None = None) -> list[Outcome]:
-    """Try every entry of an outbox; runs first, since a sweep tells the ids of its cells' runs. uri: of the store, if not as noted.
-
-    Raises OutputHeldError if another replay is at work: it may be making the very run that this one would make.
-    """
+def replay(folder: Path, uri: str | None = None) -> list[Replayed]:
+    """Try every entry of an outbox; runs first, since a sweep names the runs of its cells. uri: of the store, if not as noted."""
     if not folder.is_dir():
         return []
     with hold(folder / ".lock", f"outbox {folder}"):
         found, entries = [], []
         away: dict[str, str] = {}
         for file in outbox.files(folder):
-            outcome = {"entry": str(file), "kind": None, "path": None, "since": None, "why": None, "run_id": None, "url": None}
             try:
-                entries.append((outcome, file.absolute(), outbox.read(file)))
+                entries.append((file, outbox.read(file)))
             except InputError as error:
-                found.append(outcome | {"why": str(error)})
-        for outcome, file, entry in sorted(entries, key=lambda each: (each[2].kind != "run", each[2].since)):
-            told = {"kind": entry.kind, "path": entry.path, "since": entry.since}
-            found.append(outcome | told | _once(file, entry, uri, away))
+                found.append(Replayed(str(file), why=str(error)))
+        for file, entry in sorted(entries, key=lambda each: (each[1].kind != "run", each[1].since)):
+            tried = Replayed(str(file), entry.kind, entry.path, entry.since)
+            link = _once(file.absolute(), entry, uri, away)
+            found.append(replace(tried, why=link.error, run_id=link.run_id, url=link.url))
         return found
 
 
-def _once(file: Path, entry: Entry, uri: str | None, away: dict[str, str]) -> Outcome:
-    """Log one entry, and remove it once it is logged. away: stores that did not answer, and what they ended with."""
+def _once(file: Path, entry: Entry, uri: str | None, away: dict[str, str]) -> MlflowLink:
+    """Log one entry, and remove it once it is logged. away: stores that did not answer, and their errors."""
     # relative paths of the record, and of a database, start where the run was started
     try:
         with contextlib.chdir(entry.directory):
             tracking = _tracking(entry, uri)
             store = f"{entry.directory} {tracking.uri}"
-            logged = {"error": away[store]} if store in away else (_run if entry.kind == "run" else _sweep)(entry, tracking)
-            if logged["error"] and store not in away and not reachable(tracking):
-                away[store] = logged["error"]
-    # a record of another shape than ours, a folder that is gone or may not be written
-    except (GPTQError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        logged = {"error": f"{entry.path}: {type(error).__name__}: {one_line(error)}"}
-    if logged["error"] is None:
+            link = MlflowLink(error=away[store]) if store in away else (_run if entry.kind == "run" else _sweep)(entry, tracking)
+            if link.error and store not in away and not reachable(tracking):
+                away[store] = link.error
+    # a damaged record, a folder that is gone or may not be written
+    except (GPTQError, OSError, ValueError) as error:
+        link = MlflowLink(error=f"{entry.path}: {type(error).__name__}: {one_line(error)}")
+    if link.error is None:
         file.unlink(missing_ok=True)
-    return {"why": logged["error"], "run_id": logged.get("run_id"), "url": logged.get("url")}
+    return link
 
 
 def _tracking(entry: Entry, uri: str | None) -> TrackingConfig:
@@ -72,53 +81,57 @@ def _tracking(entry: Entry, uri: str | None) -> TrackingConfig:
     return known.model_copy(update={"uri": uri}) if uri else known
 
 
-def _run(entry: Entry, tracking: TrackingConfig) -> Outcome:
-    """A run's record, and its registration where that is due."""
+def _run(entry: Entry, tracking: TrackingConfig) -> MlflowLink:
+    """Log a run's record, and register the checkpoint where that is due."""
     out = Path(entry.path.removesuffix(".run.json"))
     record = records.read(out)
     if record is None:
         raise InputError("the record is gone: remove this entry if that is meant")
-    config = from_dict(record["config"] | {"tracking": entry.tracking})
-    logged = log_to_mlflow(config, record, tracking)
-    record = _note(out, record, {"mlflow": logged})
-    verdict = record.get("gate")
-    if logged["error"] or not (entry.register and verdict and verdict["passed"] and config.gate and config.gate.register_as):
-        return logged
-    registered = promote_in_mlflow(config, record, tracking)
-    _note(out, record, {"registry": registered})
-    return logged | {"error": registered["error"]}
+    config = from_dict(record.config | {"tracking": entry.tracking})
+    link = log_to_mlflow(config, record, tracking)
+    record = _write(out, record, link=link)
+    passed = record.gate and record.gate.passed
+    if link.error or not (entry.register and passed and config.gate and config.gate.register_as):
+        return link
+    registration = promote_in_mlflow(config, record, tracking)
+    _write(out, record, registration=registration)
+    return link.model_copy(update={"error": registration.error})
 
 
-def _note(out: Path, record: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """Add to the record on disk, unless it is of other work by now."""
+def _write(out: Path, record: RunRecord, link: MlflowLink | None = None, registration: Registration | None = None) -> RunRecord:
+    """Set the link or the registration in the record on disk, unless that is of other work by now; the record with it."""
     now = records.read(out)
-    if now is None or now["id"] != record["id"]:
-        return record | told
-    records.write(out, now | told)
-    return now | told
+    target = now if now and now.id == record.id else record
+    target.mlflow, target.registry = link or target.mlflow, registration or target.registry
+    if target is now:
+        records.write(out, target)
+    return target
 
 
-def _sweep(entry: Entry, tracking: TrackingConfig) -> Outcome:
-    """A sweep.json, with what its cells' records tell by now."""
-    path = Path(entry.path)
-    if not path.is_file():
+def _sweep(entry: Entry, tracking: TrackingConfig) -> MlflowLink:
+    """Log a sweep, with what the records of its cells say by now."""
+    sweep = records.read_sweep(Path(entry.path).parent)
+    if sweep is None:
         raise InputError("sweep.json is gone: remove this entry if that is meant")
-    sweep = json.loads(path.read_text(encoding="utf-8"))
-    for row in sweep["cells"]:
-        record = records.read(row["out"]) if row["out"] else None
-        if record is None:
-            continue
-        chosen = row["name"] == sweep["recommended"]["name"]
-        waits = _error(record["mlflow"] or {"error": "not logged"}) or (chosen and _error(record["registry"]))
-        if waits:
-            return {"error": f"its cell {row['name']} waits: {waits}"}
-        row["mlflow_run_id"] = record["mlflow"]["run_id"]
-        if chosen:
-            sweep["registry"] = record["registry"]
-    sweep["mlflow"] = log_sweep(tracking, sweep)
-    replace_file(path, (json.dumps(sweep, indent=2, ensure_ascii=False) + "\n").encode())
-    return sweep["mlflow"]
+    cells = []
+    for cell in sweep.cells:
+        record = records.read(cell.out) if cell.out else None
+        if record is not None:
+            waits = _waits(record, chosen=cell == sweep.chosen)
+            if waits:
+                return MlflowLink(error=f"its cell {cell.name} waits: {waits}")
+            if cell == sweep.chosen:
+                sweep.registry = record.registry
+            cell = cell.model_copy(update={"mlflow_run_id": record.mlflow and record.mlflow.run_id})
+        cells.append(cell)
+    sweep.cells = cells
+    sweep.mlflow = log_sweep(tracking, sweep)
+    records.write_sweep(Path(entry.path).parent, sweep)
+    return sweep.mlflow
 
 
-def _error(outcome: dict[str, Any] | None) -> str | None:
-    return outcome["error"] if outcome else None
+def _waits(record: RunRecord, chosen: bool) -> str | None:
+    """Why MLflow does not have a cell yet, or the registry the chosen one."""
+    if record.mlflow is None:
+        return "not logged"
+    return record.mlflow.error or (record.registry.error if chosen and record.registry else None)

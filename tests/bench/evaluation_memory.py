@@ -21,7 +21,7 @@ from rich.table import Table
 from gptq_core import QuantizeConfig
 from gptq_core.data.windows import Windows
 from gptq_core.inference.evaluation import evaluate_pair, load_for_evaluation, pieces
-from tasks.outcome import record as records
+from tasks.outcome.machine import peak_memory, reset_peak_memory
 
 COPIES = 5
 
@@ -52,10 +52,10 @@ def measure(folder: Path, windows: Windows, answer: multiprocessing.Queue) -> No
     judge = Windows(windows.tokens[:1, :64], "", 1)
     evaluate_pair(*paths, judge, device="cpu")  # what libraries take once
     del models
-    records.forget_peak_memory()
-    base = records.peak_memory()["host"]
+    reset_peak_memory()
+    base = peak_memory()["host"]
     found = evaluate_pair(*paths, windows, device="cpu")
-    answer.put((records.peak_memory()["host"] - base, size, found["kl"]))
+    answer.put((peak_memory()["host"] - base, size, found["kl"]))
 
 
 def main() -> None:

@@ -79,15 +79,15 @@ def test_widths_are_chosen_once_and_recorded(args, chosen, tmp_path, monkeypatch
     assert result.exit_code == 0, result.output
     assert "from disk" in result.stderr, "block 0 was quantized at the same widths"
     record = records.read(tmp_path / "out")
-    found = record["allocation"]
-    assert found == json.loads(before) and 3.2 < found["bits_per_weight"] <= 3.5
-    assert record["evaluation"]["kl"] > 0 and record["stage_seconds"]["allocate"] == found["seconds"]
-    assert record["config"]["quantization"]["allocate"] == {"bits": [2, 3, 4, 8], "budget_bpw": 3.5, "budget_gb": None}
+    found = record.allocation
+    assert found.model_dump() == json.loads(before) and 3.2 < found.bits_per_weight <= 3.5
+    assert record.evaluation.kl > 0 and record.stage_seconds["allocate"] == found.seconds
+    assert record.config["quantization"]["allocate"] == {"bits": [2, 3, 4, 8], "budget_bpw": 3.5, "budget_gb": None}
     told = records.allocated(record)
     assert told.startswith(f"{found['bits_per_weight']:.2f} bits (") and told.endswith(f"predicted KL {found['predicted_kl']:.4g}")
     assert told in result.stdout
     layers = {layer["name"]: layer["bits"] for layer in json.loads(call("inspect", tmp_path / "out", "--json").stdout)["layers"]}
-    assert layers == {name: unit["bits"] for unit in found["units"] for name in unit["members"]}
+    assert layers == {name: unit["bits"] for unit in found.units for name in unit["members"]}
     result = call(*args)
     assert result.exit_code == 0 and "unchanged" in result.stderr and told in result.stdout
     assert len(chosen) == 1 and file.read_text() == before
@@ -95,7 +95,7 @@ def test_widths_are_chosen_once_and_recorded(args, chosen, tmp_path, monkeypatch
     other = [BUDGET.replace("3.5", "3.0") if arg == BUDGET else arg for arg in args]
     assert "already holds something else" in call(*other).stderr and len(chosen) == 1
     assert call(*other, "--overwrite").exit_code == 0 and len(chosen) == 2
-    assert records.read(tmp_path / "out")["allocation"]["bits_per_weight"] <= 3.0
+    assert records.read(tmp_path / "out").allocation.bits_per_weight <= 3.0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from gptq_core.errors import InputError
 from tasks.config.evaluation import EvaluationRequest
 from tasks.config.run import from_dict
 from tasks.outcome import record as records
+from tasks.outcome.parts import Assembly
 from tasks.request.handing import handed_on
 from tasks.request.request import Requests
 from tasks.request.texts import save
@@ -36,7 +37,8 @@ def run(tiny_llama, corpus, tmp_path, monkeypatch):
         )
         shutil.copytree(tiny_llama, config.out)
         data = save(Requests().texts(config).evaluation, records.beside(config.out, ".work"), "evaluation")
-        records.write(config.out, records.new(config, "k" * 64) | {"evaluation_data": data})
+        assembly = Assembly(bytes=1, original_bytes=4, bits_per_weight=4.0, quantized_layers=1)
+        records.write(config.out, records.new(config, "k" * 64, records.now(), data, data, assembly))
         elsewhere = tmp_path / "elsewhere"
         elsewhere.mkdir()
         monkeypatch.chdir(elsewhere)
@@ -52,10 +54,10 @@ def windows(out, **asked):
 def test_the_windows_of_the_run_are_judged_again_from_anywhere(run, monkeypatch):
     out, data, there = run(seqlen=64)
     found = open_evaluation(EvaluationRequest(checkpoint=str(out)))
-    assert found.windows.digest == data["digest"] and found.original == str(there / "model")
+    assert found.windows.digest == data.digest and found.original == str(there / "model")
     (there / "text.txt").write_text("another text")
-    assert windows(out).digest == data["digest"], "the file of the run is read, not the text"
-    assert windows(out, seqlen=64).digest == data["digest"]
+    assert windows(out).digest == data.digest, "the file of the run is read, not the text"
+    assert windows(out, seqlen=64).digest == data.digest
     assert windows(out, samples=1).count == 1
 
 
@@ -69,7 +71,7 @@ def test_an_original_that_is_named_is_compared_with(run, tiny_llama):
 def test_without_the_file_the_same_tail_is_cut_or_none(run):
     out, data, there = run(seqlen=64)
     shutil.rmtree(records.beside(out, ".work"))
-    assert windows(out).digest == data["digest"]
+    assert windows(out).digest == data.digest
     text = (there / "text.txt").read_text()
     (there / "text.txt").write_text(text + text[:5000])
     with pytest.raises(InputError, match="no longer the one .*--dataset"):
@@ -78,7 +80,7 @@ def test_without_the_file_the_same_tail_is_cut_or_none(run):
 
 def test_more_windows_than_the_run_judged_are_of_the_same_tail(run):
     out, data, _ = run(seqlen=16, samples=2)
-    assert data["windows"] == 2 and windows(out, samples=3).count == 3 and windows(out, samples=1).count == 1
+    assert data.windows == 2 and windows(out, samples=3).count == 3 and windows(out, samples=1).count == 1
 
 
 def test_a_longer_tail_is_refused(run, corpus):
@@ -91,7 +93,7 @@ def test_a_longer_tail_is_refused(run, corpus):
 
 def test_a_text_of_its_own_takes_any_window(run, corpus):
     out, data, _ = run(seqlen=32, dataset="text.txt")
-    assert windows(out).digest == data["digest"]
+    assert windows(out).digest == data.digest
     assert windows(out, seqlen=64).seqlen == 64
 
 
@@ -103,7 +105,7 @@ def test_the_runner_is_the_one_asked_for_or_the_runs(run, monkeypatch):
     monkeypatch.setattr("flows.evaluation_request.choose_device", devices.append)
     assert open_evaluation(EvaluationRequest(checkpoint=str(out))).backend is None
     record = records.read(out)
-    record["config"]["quantization"]["backend"] = "gptq_marlin"
+    record.config["quantization"]["backend"] = "gptq_marlin"
     records.write(out, record)
     assert open_evaluation(EvaluationRequest(checkpoint=str(out))).backend == "gptq_marlin"
     assert open_evaluation(EvaluationRequest(checkpoint=str(out), backend="torch")).backend == "torch"

@@ -64,7 +64,7 @@ def made(home, quantize):
         result = quantize(home / f"w{bits}", bits)
         assert result.exit_code == 0, result.output
         assert "\n  gate " not in result.stdout
-    assert records.read(home / "w4")["evaluation"]["kl"] < 0.05 < records.read(home / "w2")["evaluation"]["kl"]
+    assert records.read(home / "w4").evaluation.kl < 0.05 < records.read(home / "w2").evaluation.kl
     return home
 
 
@@ -86,17 +86,17 @@ def registry(place):
 
 def tags(place, out):
     client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
-    return client.get_run(records.read(place / out)["mlflow"]["run_id"]).data.tags
+    return client.get_run(records.read(place / out).mlflow.run_id).data.tags
 
 
 def fails(result, place):
     assert result.exit_code == 1, result.output
     record = records.read(place / "w2")
-    kl = f"{record['evaluation']['kl']:.6g}"
+    kl = f"{record.evaluation.kl:.6g}"
     [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert f"gate failed (max_kl: {kl} is above 0.05): the checkpoint {place}/w2 is kept and not registered" in line
     assert f"failed: max_kl: {kl} is above 0.05" in result.stdout and (place / "w2" / "manifest.jsonl").is_file()
-    assert record["gate"]["passed"] is False and record["registry"] is None and record["mlflow"]["error"] is None
+    assert record.gate.passed is False and record.registry is None and record.mlflow.error is None
     told = tags(place, "w2")
     assert told["gptq.gate"] == "failed" and told["gptq.gate.failed"].startswith("max_kl: ")
 
@@ -104,8 +104,8 @@ def fails(result, place):
 def passes(result, place):
     assert result.exit_code == 0, result.output
     record = records.read(place / "w4")
-    assert record["gate"]["passed"] and record["registry"]["champion"] and tags(place, "w4")["gptq.gate"] == "passed"
-    assert f"tiny version {record['registry']['version']}, is champion" in result.stdout
+    assert record.gate.passed and record.registry.champion and tags(place, "w4")["gptq.gate"] == "passed"
+    assert f"tiny version {record.registry.version}, is champion" in result.stdout
 
 
 def test_two_bits_fail_and_four_bits_take_the_alias(place, quantize):
@@ -132,16 +132,16 @@ def test_a_run_computed_under_its_gate_is_judged_registered_and_told(place, quan
     assert result.exit_code == 0, result.output
     record, told = records.read(place / "fresh"), json.loads((place / "told").read_text())
     assert told["events"] == ["done", "passed"] and told["checkpoint"] == str(place / "fresh")
-    assert told["gate"] == record["gate"] and told["registry"] == record["registry"] and told["bits"] == 4
-    assert told["evaluation"]["kl"] == record["evaluation"]["kl"] and told["mlflow_run"] == record["mlflow"]["run_id"]
-    assert record["notified"]["command"]["error"] is None and record["config"]["gate"]["max_gb"] == 0.1
+    assert told["gate"] == record.gate.model_dump() and told["registry"] == record.registry.model_dump() and told["bits"] == 4
+    assert told["evaluation"]["kl"] == record.evaluation.kl and told["mlflow_run"] == record.mlflow.run_id
+    assert record.notified["command"].error is None and record.config["gate"]["max_gb"] == 0.1
     # the same command again: nothing is done, nobody is told, no second version
     assert quantize(place / "fresh", 4, *STRICT, "gate.max_gb=0.1", command, "notify.when=[passed]").exit_code == 0
     assert json.loads((place / "told").read_text()) == told and registry(place)[0] == {1: "sh"}
     # a gate that is gone leaves no verdict behind
     assert quantize(place / "fresh", 4).exit_code == 0
     record = records.read(place / "fresh")
-    assert record["gate"] is None and record["registry"] is None and tags(place, "fresh")["gptq.gate"] == ""
+    assert record.gate is None and record.registry is None and tags(place, "fresh")["gptq.gate"] == ""
 
 
 def test_with_a_key_in_the_folder_a_version_keeps_its_files(place, quantize):
@@ -162,7 +162,7 @@ def test_hooks_that_fail_cost_a_note(place, quantize):
         result = quantize(place / "w4", 4, *STRICT, f"notify.webhook={url}", "notify.seconds=0.3", "notify.command=exit 7")
     passes(result, place)
     assert "notify.webhook does not answer: ReadTimeout" in result.stderr and "ended with code 7" in result.stderr
-    assert records.read(place / "w4")["notified"]["webhook"]["error"]
+    assert records.read(place / "w4").notified["webhook"].error
 
 
 def test_a_webhook_hears_of_a_failed_gate(place, quantize, monkeypatch):
@@ -217,4 +217,4 @@ def test_a_setting_that_stands_nowhere_is_told_before_any_work(place, quantize):
 def test_the_store_may_stand_in_the_environment(place, quantize, monkeypatch):
     monkeypatch.setenv("GPTQ_TEST_STORE", f"sqlite:///{place}/mlflow.db")
     passes(quantize(place / "w4", 4, *STRICT, "tracking.uri=env:GPTQ_TEST_STORE"), place)
-    assert records.read(place / "w4")["mlflow"]["uri"] == "env:GPTQ_TEST_STORE"
+    assert records.read(place / "w4").mlflow.uri == "env:GPTQ_TEST_STORE"

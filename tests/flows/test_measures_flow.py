@@ -55,11 +55,11 @@ def test_measures_are_in_the_record_and_a_gate_on_recovery_judges_them(quantize,
     result = quantize("out", CHOICE, "gate.min_recovery=0.01")
     assert result.exit_code == 0, result.output
     record = records.read(home / "out")
-    rows = record["evaluation"]["measures"]
-    assert {(row["name"], row["metric"]) for row in rows} == {("embedded_choice", "acc"), ("embedded_choice", "acc_norm")}
-    assert all(row["sentence"] in result.stderr for row in rows)
-    assert record["evaluation"]["recovery"] == min(row["recovery"] for row in rows) and record["gate"]["passed"]
-    assert record["stage_seconds"]["measure"] > 0 and record["evaluation"]["overlap"]["share"] < 0.05
+    rows = record.evaluation.measures
+    assert {(row.name, row.metric) for row in rows} == {("embedded_choice", "acc"), ("embedded_choice", "acc_norm")}
+    assert all(row.sentence in result.stderr for row in rows)
+    assert record.evaluation.recovery == min(row.recovery for row in rows) and record.gate.passed
+    assert record.stage_seconds["measure"] > 0 and record.evaluation.overlap.share < 0.05
     assert "embedded_choice" in (home / "out" / "README.md").read_text()
     again = quantize("out", CHOICE, "gate.min_recovery=100")
     assert again.exit_code == 1 and "min_recovery" in again.stderr and "unchanged" in again.stderr
@@ -78,19 +78,19 @@ def test_a_measure_that_fails_costs_no_number_and_is_made_up_for(quantize, home,
     assert "registry" not in result.stdout
     assert result.exit_code == 1 and "RuntimeError: the device is gone" in result.stderr
     first = records.read(home / "again")
-    assert first["evaluation"]["kl"] > 0 and first["evaluation"]["measures"] == [] and evaluated == [1]
+    assert first.evaluation.kl > 0 and first.evaluation.measures == [] and evaluated == [1]
     result = quantize("again", CHOICE)
     assert result.exit_code == 0, result.output
     record = records.read(home / "again")
-    assert record["evaluation"]["kl"] == first["evaluation"]["kl"] and len(record["evaluation"]["measures"]) == 2
-    assert evaluated == [1] and record["evaluation_error"] is None, "the held-out text was judged once"
-    assert record["seconds"] > first["seconds"]
+    assert record.evaluation.kl == first.evaluation.kl and len(record.evaluation.measures) == 2
+    assert evaluated == [1] and record.evaluation_error is None, "the held-out text was judged once"
+    assert record.seconds > first.seconds
     # measures that fail on finished work leave none of the former ones behind, nor a recovery for the gate
     with monkeypatch.context() as patch:
         patch.setattr(tasks.evaluation.scores._Judge, "rows", broken)
         result = quantize("again", CHOICE.replace("6", "5"), "gate.min_recovery=0.01", "gate.register_as=tiny")
     record = records.read(home / "again")
-    assert result.exit_code == 1 and record["evaluation"]["measures"] == [] and not record["gate"]["passed"] and record["registry"] is None
+    assert result.exit_code == 1 and record.evaluation.measures == [] and not record.gate.passed and record.registry is None
 
 
 def test_another_measure_is_added_to_finished_work(quantize, home, corpus):
@@ -99,8 +99,8 @@ def test_another_measure_is_added_to_finished_work(quantize, home, corpus):
     result = quantize("out", f"evaluation.measures=[{corpus}]")
     assert result.exit_code == 0, result.output
     record = records.read(home / "out")
-    assert [row["kind"] for row in record["evaluation"]["measures"]] == ["perplexity"] and record["evaluation"]["recovery"] is None
-    assert record["evaluation"]["kl"] == before["evaluation"]["kl"] and record["blocks"] == before["blocks"]
+    assert [row.kind for row in record.evaluation.measures] == ["perplexity"] and record.evaluation.recovery is None
+    assert record.evaluation.kl == before.evaluation.kl and record.blocks == before.blocks
 
 
 def test_a_task_that_is_not_known_costs_no_work(quantize, home):
@@ -111,7 +111,7 @@ def test_a_task_that_is_not_known_costs_no_work(quantize, home):
 def test_judging_on_the_calibration_text_is_a_note_and_strict_refuses_it(quantize, home, corpus):
     result = quantize("seen", f"evaluation.dataset={corpus}")
     assert result.exit_code == 0 and "100.0% of the calibration text stands in the judged one" in result.stderr
-    assert records.read(home / "seen")["evaluation"]["overlap"]["calibration_share"] == 1
+    assert records.read(home / "seen").evaluation.overlap.calibration_share == 1
     strict = quantize("strict", f"evaluation.dataset={corpus}", "evaluation.strict=true")
     assert strict.exit_code == 2 and "evaluation and calibration overlap" in strict.stderr and not (home / "strict").exists()
 
@@ -133,7 +133,7 @@ def test_the_cells_of_a_sweep_share_the_originals_scores(home, tiny_llama, corpu
         "sweep", config, "--grid", "bits=3,4", "--out", home / "s", "--set", CHOICE, "--set", "choose.max_perplexity_increase=9", "--json"
     )
     assert result.exit_code == 0, result.output
-    cells = [records.read(row["out"])["evaluation"]["measures"] for row in json.loads(result.stdout)["cells"]]
-    assert len(cells) == 2 and cells[0][0]["original"] == cells[1][0]["original"]
+    cells = [records.read(row["out"]).evaluation.measures for row in json.loads(result.stdout)["cells"]]
+    assert len(cells) == 2 and cells[0][0].original == cells[1][0].original
     [kept] = (home / "s" / ".originals").glob("*.json")
     assert kept.stat().st_mtime_ns < (home / "s" / "bits=3" / "README.md").stat().st_mtime_ns, "scored before the cells"

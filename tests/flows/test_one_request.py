@@ -81,6 +81,6 @@ def from_a_deployment(config):
 def test_a_run_looks_once(start, folder, data, looked, tmp_path):
     start(from_dict(data, {"output.dir": str(tmp_path / folder)}))
     [written] = tmp_path.glob("*.run.json")
-    assert records.read(written.with_name(written.name.removesuffix(".run.json")))["evaluation"]["kl"] > 0
+    assert records.read(written.with_name(written.name.removesuffix(".run.json"))).evaluation.kl > 0
     empty_models = looked.pop("empty model")
     assert looked == ONCE and empty_models <= 2, "one of the original, and one of the checkpoint that is evaluated"

@@ -73,23 +73,23 @@ def test_checkpoint_record_table_mlflow_and_prefect_agree(done, home):
     from prefect.client.orchestration import get_client
 
     record = records.read(home / "out")
-    numbers = record["evaluation"]
-    assert f"{numbers['quantized_perplexity']:.3f}" in done.stdout and f"{numbers['kl']:.5f}" in done.stdout
-    assert numbers["kl"] > 0 and numbers["windows"] == 8
-    assert [len(block["layers"]) for block in record["blocks"]] == [7, 7]
+    numbers = record.evaluation
+    assert f"{numbers.quantized_perplexity:.3f}" in done.stdout and f"{numbers.kl:.5f}" in done.stdout
+    assert numbers.kl > 0 and numbers.windows == 8
+    assert [len(block.layers) for block in record.blocks] == [7, 7]
     [run] = mlflow_runs(home)
-    assert run.info.run_id == record["mlflow"]["run_id"] and run.data.metrics["kl"] == numbers["kl"]
+    assert run.info.run_id == record.mlflow.run_id and run.data.metrics["kl"] == numbers.kl
     for stage in ("read", "forward", "hessian", "factor", "scales", "sweep", "descent", "pack", "write"):
-        assert 0 < record["stage_seconds"][stage] == run.data.metrics[f"seconds/{stage}"]
+        assert 0 < record.stage_seconds[stage] == run.data.metrics[f"seconds/{stage}"]
     with get_client(sync_client=True) as client:
-        flow_run = client.read_flow_run(record["prefect_flow_run_id"])
+        flow_run = client.read_flow_run(record.prefect_flow_run_id)
         names = {task.name for task in client.read_task_runs()}
         [link] = [each for each in client.read_artifacts() if each.key == "quantize-mlflow" and each.flow_run_id == flow_run.id]
     assert run.info.run_id in link.data and run.data.tags["prefect.flow_run_id"] == str(flow_run.id)
     assert run.data.tags["prefect.flow_run_url"].endswith(f"/runs/flow-run/{flow_run.id}")
     assert run.data.metrics["system/system_memory_usage_percentage"] > 0 and run.data.tags["gptq.device"] == "cpu"
-    assert run.data.tags["gptq.kernels"] == record["kernels"] == implementation(torch.device("cpu"), torch.float32)
-    assert len(run.data.tags["gptq.model_digest"]) == 64 and run.info.end_time == record["finished_ms"]
+    assert run.data.tags["gptq.kernels"] == record.kernels == implementation(torch.device("cpu"), torch.float32)
+    assert len(run.data.tags["gptq.model_digest"]) == 64 and run.info.end_time == record.finished_ms
     assert flow_run.state.is_completed() and flow_run.parameters["config"]["quantization"]["bits"] == 4
     assert {"quantize_block-0", "quantize_block-1"} <= names
 
@@ -100,10 +100,10 @@ def test_the_report_lies_beside_the_record_and_its_picture_in_prefect(done, home
 
     record = records.read(home / "out")
     text = (home / "out.report.html").read_text()
-    assert f"{record['evaluation']['quantized_perplexity']:.4g}" in text and 'id="plot-errors"' in text
+    assert f"{record.evaluation.quantized_perplexity:.4g}" in text and 'id="plot-errors"' in text
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["quantize-figures"])))
-    [shown] = [one.data for one in found if str(one.flow_run_id) == record["prefect_flow_run_id"]]
+    [shown] = [one.data for one in found if str(one.flow_run_id) == record.prefect_flow_run_id]
     assert "](data:image/png;base64,iVBOR" in shown and str(home / "out.report.html") in shown
     (home / "out.report.html").unlink()
     result = call("report", home / "out.run.json")
@@ -124,16 +124,16 @@ def test_nothing_that_differs_between_runs_is_in_the_checkpoint(done, home, args
     assert call(*again).exit_code == 0
     first, second = files(home / "out"), files(home / "again")
     # the card tells the numbers of the evaluation: both runs have evaluated
-    assert records.read(home / "out")["evaluation"] and records.read(home / "again")["evaluation"]
+    assert records.read(home / "out").evaluation and records.read(home / "again").evaluation
     assert first.keys() == second.keys() and [name for name in first if first[name] != second[name]] == []
 
 
 def test_without_kl_only_the_perplexity_is_measured(done, home, args):
     plain = [home / "plain" if arg == home / "out" else arg for arg in args]
     assert call(*plain, "--set", "evaluation.kl=false").exit_code == 0
-    numbers = records.read(home / "plain")["evaluation"]
-    assert numbers["kl"] is None and numbers["top1_agreement"] is None
-    assert numbers["quantized_perplexity"] == records.read(home / "out")["evaluation"]["quantized_perplexity"]
+    numbers = records.read(home / "plain").evaluation
+    assert numbers.kl is None and numbers.top1_agreement is None
+    assert numbers.quantized_perplexity == records.read(home / "out").evaluation.quantized_perplexity
 
 
 def test_a_checkpoint_of_another_config_is_replaced_only_when_asked_to(done, home, args):
@@ -153,7 +153,7 @@ def test_finished_work_is_not_done_twice(done, home, args):
     result = call(*args)
     assert result.exit_code == 0 and "unchanged" in result.stderr
     assert files(home / "out") == before and len(mlflow_runs(home)) == runs
-    assert records.read(home / "out")["evaluation"] == record["evaluation"]
+    assert records.read(home / "out").evaluation == record.evaluation
 
 
 def test_a_failing_evaluation_keeps_the_checkpoint_and_is_made_up_for(home, args, monkeypatch):
@@ -165,17 +165,17 @@ def test_a_failing_evaluation_keeps_the_checkpoint_and_is_made_up_for(home, args
         patch.setattr("tasks.steps.evaluate.evaluate_pair", fails)
         result = call(*args)
     assert result.exit_code == 1 and "is complete, but its evaluation failed (OSError: the disk is gone)" in result.stderr
-    assert (home / "kept" / "manifest.jsonl").is_file() and records.read(home / "kept")["evaluation"] is None
+    assert (home / "kept" / "manifest.jsonl").is_file() and records.read(home / "kept").evaluation is None
     result = call(*args)
-    assert result.exit_code == 0 and records.read(home / "kept")["evaluation"]["kl"] > 0
-    assert len(records.read(home / "kept")["blocks"]) == 2
+    assert result.exit_code == 0 and records.read(home / "kept").evaluation.kl > 0
+    assert len(records.read(home / "kept").blocks) == 2
 
 
 def test_the_numbers_of_another_runner_are_not_its_own(home, args, monkeypatch):
     args = [home / "ran" if arg == home / "out" else arg for arg in args]
     assert call(*args).exit_code == 0
-    before, ours = files(home / "ran"), records.read(home / "ran")["evaluation"]
-    assert ours["backend"] == "torch"
+    before, ours = files(home / "ran"), records.read(home / "ran").evaluation
+    assert ours.backend == "torch"
     asked, right = [], tasks.steps.evaluate.evaluate_pair
 
     def by_torch(*given, backend, **rest):
@@ -186,7 +186,7 @@ def test_the_numbers_of_another_runner_are_not_its_own(home, args, monkeypatch):
     monkeypatch.setattr("tasks.steps.evaluate.evaluate_pair", by_torch)
     result = call(*args, "--set", "quantization.backend=marlin")
     assert result.exit_code == 0 and "unchanged" in result.stderr, result.output
-    assert asked == ["marlin"] and records.read(home / "ran")["evaluation"]["backend"] == "gptq_marlin"
+    assert asked == ["marlin"] and records.read(home / "ran").evaluation.backend == "gptq_marlin"
     assert files(home / "ran") == before  # the same checkpoint, judged anew
 
 
@@ -224,8 +224,8 @@ def test_what_the_engine_refuses_is_not_tried_again(home, args, monkeypatch):
 def test_evaluate_and_inspect(done, home, corpus, tiny_llama):
     result = call("evaluate", home / "out", "--json")
     same = json.loads(result.stdout)
-    told = records.read(home / "out")["evaluation"]
-    assert same["kl"] == pytest.approx(told["kl"]) and same["digest"] == told["digest"]
+    told = records.read(home / "out").evaluation
+    assert same["kl"] == pytest.approx(told.kl) and same["digest"] == told.digest
     other = json.loads(call("evaluate", home / "out", "--dataset", corpus, "--samples", 2, "--seqlen", 32, "--json").stdout)
     assert (other["windows"], other["seqlen"], other["original"]) == (2, 32, str(tiny_llama))
     found = json.loads(call("inspect", home / "out", "--json").stdout)

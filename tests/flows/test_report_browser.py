@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from report_records import EVIL, layer, run, sweep
+from report_records import EVIL, comparison, layer, run, run_page, sweep, sweep_page
 
-from tasks.report import compare, page
-from tasks.report import run as runs
-from tasks.report import sweep as sweeps
+from tasks.report import page
 
 DRAWN = """scheme => [...document.querySelectorAll("[data-figure]")].every(place => place.dataset.drawn === scheme)"""
 MARKS = """() => Object.fromEntries([...document.querySelectorAll("[data-figure]")].map(place => [place.dataset.figure,
@@ -34,12 +32,12 @@ def evil():
 
 
 PAGES = {
-    "run": lambda: runs.page(run()),
-    "large": lambda: runs.page(large()),
-    "evil": lambda: runs.page(evil()),
-    "sweep": lambda: sweeps.page(sweep()),
-    "screening": lambda: sweeps.page(sweep(mode="screening")),
-    "comparison": lambda: compare.page(run(), run(out="runs/other", seconds=9.0)),
+    "run": lambda: run_page(run()),
+    "large": lambda: run_page(large()),
+    "evil": lambda: run_page(evil()),
+    "sweep": lambda: sweep_page(sweep()),
+    "screening": lambda: sweep_page(sweep(mode="screening")),
+    "comparison": lambda: comparison(run(), run(out="runs/other", seconds=9.0)),
 }
 
 

@@ -100,7 +100,7 @@ def test_a_cell_is_what_a_single_run_writes(first, home, run_yaml):
     cell = home / "s" / "bits=4_group_size=32"
     assert {path.name for path in out.iterdir()} == {path.name for path in cell.iterdir()}
     assert [path.name for path in out.iterdir() if path.read_bytes() != (cell / path.name).read_bytes()] == []
-    assert records.read(out)["evaluation"]["kl"] == records.read(cell)["evaluation"]["kl"]
+    assert records.read(out).evaluation.kl == records.read(cell).evaluation.kl
 
 
 def test_mlflow_has_a_parent_and_a_child_for_each_cell(first, home):
@@ -171,8 +171,8 @@ def test_cells_without_memory_or_time_are_reported_beside_one_that_has_both(home
 
     def jobs(*args):
         found = real(*args)
-        found["bits=2_group_size=32"]["memory_gb"] = 1e-6
-        found["bits=3_group_size=32"]["kind"] = "nothing"  # a bug in the worker
+        for bits, change in ((2, {"memory_gb": 1e-6}), (3, {"kind": "nothing"})):  # the second: a bug in the worker
+            found[f"bits={bits}_group_size=32"] = found[f"bits={bits}_group_size=32"].model_copy(update=change)
         return found
 
     monkeypatch.setattr(tasks.sweep.jobs, "jobs", jobs)
@@ -195,7 +195,7 @@ def test_cells_without_memory_or_time_are_reported_beside_one_that_has_both(home
     found = rows(json.loads(result.stdout))
     assert result.exit_code == 1
     assert [found[f"bits={bits}_group_size=32"]["status"] for bits in (2, 3, 4)] == ["memory", "failed", "done"]
-    assert "kind 'nothing'" in found["bits=3_group_size=32"]["error"]
+    assert "tag 'nothing' found using 'kind'" in found["bits=3_group_size=32"]["error"]
     monkeypatch.undo()
     result = call(
         run_yaml,

@@ -211,6 +211,6 @@ def test_a_killed_mlflow_server_costs_only_its_copy_which_the_next_run_writes(st
         again = start(*uri).end()
         assert again["computed"] == [] and again["mlflow"]["error"] is None and stamps(tmp_path / "s") == before
         for row in again["cells"]:
-            assert records.read(row["out"])["mlflow"]["error"] is None and row["mlflow_run_id"]
+            assert records.read(row["out"]).mlflow.error is None and row["mlflow_run_id"]
     finally:
         os.killpg(server.pid, signal.SIGKILL)

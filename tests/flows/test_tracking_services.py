@@ -72,13 +72,13 @@ def undisturbed(tmp_path, migrated, monkeypatch, address):
     try:
         for path in sorted(tmp_path.rglob("*.run.json")):
             record = records.read(path.with_name(path.name.removesuffix(".run.json")))
-            config = from_dict(record["config"])
-            record["mlflow"] = log_to_mlflow(config, record)
-            assert record["mlflow"]["error"] is None
-            if record["registry"]:
-                assert promote_in_mlflow(config, record)["error"] is None
+            config = from_dict(record.config)
+            record.mlflow = log_to_mlflow(config, record)
+            assert record.mlflow.error is None
+            if record.registry:
+                assert promote_in_mlflow(config, record).error is None
         for path in tmp_path.glob("*/sweep.json"):
-            assert log_sweep(config.tracking, json.loads(path.read_text()))["error"] is None
+            assert log_sweep(config.tracking, records.read_sweep(path.parent)).error is None
         found = dump(right.address)
     finally:
         right.end()
@@ -127,8 +127,8 @@ def test_a_run_completes_and_is_logged_later(server, run_yaml, tmp_path, migrate
         took = time.monotonic() - started
     record = records.read(tmp_path / "OUT")
     assert result.exit_code == 0 and "track-pending" in result.output + result.stderr, result.output
-    assert took - record["seconds"] < OVERHEAD + 10, "ten seconds for Prefect, on a busy machine"
-    assert record["gate"]["passed"] and record["registry"]["error"]
+    assert took - record.seconds < OVERHEAD + 10, "ten seconds for Prefect, on a busy machine"
+    assert record.gate.passed and record.registry.error
     server.kill()
     waiting = call("track-pending", "--outbox", tmp_path / "outbox")
     assert waiting.exit_code == 1 and "1 of 1 stay" in waiting.stderr and len(outbox.files(tmp_path / "outbox")) == 1
@@ -136,7 +136,7 @@ def test_a_run_completes_and_is_logged_later(server, run_yaml, tmp_path, migrate
     result = call("track-pending", "--outbox", tmp_path / "outbox", "--json")
     assert result.exit_code == 0, result.output
     record = records.read(tmp_path / "OUT")
-    assert record["registry"]["champion"] and record["mlflow"]["run_id"] == json.loads(result.stdout)[0]["run_id"]
+    assert record.registry.champion and record.mlflow.run_id == json.loads(result.stdout)[0]["run_id"]
     assert without_ids(dump(server.address)) == without_ids(undisturbed(tmp_path, migrated, monkeypatch, server.address))
 
 
@@ -199,4 +199,4 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(tmp_path, monkeypat
         monkeypatch.setenv("GPTQ_STORE", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         outcome = log_to_mlflow(config, make_record(config))
-        assert time.monotonic() - started < OVERHEAD and "ReadTimeoutError" in outcome["error"] and len(taken) <= 3
+        assert time.monotonic() - started < OVERHEAD and "ReadTimeoutError" in outcome.error and len(taken) <= 3

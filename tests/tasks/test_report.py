@@ -5,13 +5,12 @@ import re
 
 import pytest
 import yaml
-from report_records import EVIL, experts, measure, old_run, run, sweep
+from report_records import EVIL, comparison, experts, measure, old_run, run, run_page, sweep, sweep_page
 
 from gptq_core.errors import InputError
 from tasks.outcome import record as records
+from tasks.outcome.record import RunRecord
 from tasks.report import compare, page
-from tasks.report import run as runs
-from tasks.report import sweep as sweeps
 from tasks.report.find import find
 from tasks.report.words import duration, number, percent, size
 
@@ -30,7 +29,7 @@ def lead(made):
 
 
 def test_the_summary_tells_what_how_much_smaller_how_much_worse_and_whether_that_is_allowed():
-    told = lead(runs.page(run()))
+    told = lead(run_page(run()))
     assert told.startswith("models/small was quantized to 4 bits (recipe tuned, groups of 32): 3.00 MB instead of 12.00 MB, 75 % smaller.")
     assert "perplexity rises from 20.00 to 21.00 (+5.0 %), the KL from the original is 0.0500 nats per token" in told
     assert "in 90.0 % of all places both name the same next token" in told
@@ -43,12 +42,12 @@ def test_the_summary_tells_what_how_much_smaller_how_much_worse_and_whether_that
 def test_noise_is_told_only_where_it_is_known():
     quiet = run()
     quiet["evaluation"]["measures"] = [measure("a", 0.5, 0.49, [0.9, 1.1], True), measure("b", 0.5, 0.5, [0.9, 1.1], True)]
-    assert "No difference can be told from noise in any of 2 measures." in lead(runs.page(quiet))
-    assert "noise" not in lead(runs.page(old_run())) and "No gate was set." in lead(runs.page(old_run()))
+    assert "No difference can be told from noise in any of 2 measures." in lead(run_page(quiet))
+    assert "noise" not in lead(run_page(old_run())) and "No gate was set." in lead(run_page(old_run()))
 
 
 def test_what_was_left_or_fell_back_and_who_loads_it():
-    made = runs.page(run(notes=["vLLM will not load it"]))
+    made = run_page(run(notes=["vLLM will not load it"]))
     left = words(made, "left")
     for told in (
         "router: model.layers.0.mlp.gate",
@@ -60,7 +59,7 @@ def test_what_was_left_or_fell_back_and_who_loads_it():
         assert told in left
     assert "rules it does not read" in words(made, "loads")
     assert "none fell back" in words(
-        runs.page(
+        run_page(
             run(assembly=run()["assembly"] | {"fallback_layers": [], "skipped": [], "untuned_blocks": [], "unused_source_tensors": []})
         ),
         "left",
@@ -68,33 +67,33 @@ def test_what_was_left_or_fell_back_and_who_loads_it():
 
 
 def test_measures_memory_and_limits():
-    made = runs.page(run())
+    made = run_page(run())
     assert "choice: told in one sentence." in words(made, "measures") and "80.0 % to 98.0 %" in words(made, "measures")
     assert "2.50 GB" in words(made, "time") and "not kept" in words(made, "quality")
-    assert "No calibration token reached expert 0 of block 1" in words(runs.page(experts(4)), "experts")
+    assert "No calibration token reached expert 0 of block 1" in words(run_page(experts(4)), "experts")
 
 
 def test_the_config_makes_the_run_again():
-    made = runs.page(run())
+    made = run_page(run())
     [config] = [part for part in made.sections[-1].parts if part.kind == "code" and part.name]
     assert yaml.safe_load(config.text) == run()["config"] and config.name == "run.yaml"
     assert "python -m flows quantize run.yaml" in words(made, "config")
     texts = run()
     texts["config"]["quantization"]["dataset"] = ["a text"] * 500
-    assert "500 given in the config" in words(runs.page(texts), "config") and "a text" not in words(runs.page(texts), "config")
+    assert "500 given in the config" in words(run_page(texts), "config") and "a text" not in words(run_page(texts), "config")
 
 
 def test_old_and_unfinished_records_are_drawn_without_what_they_lack():
-    made = runs.page(old_run())
+    made = run_page(old_run())
     assert {figure.key for figure in made.figures} == {"quality", "errors", "stages"}
     assert "codes" not in [section.key for section in made.sections] and page.html(made)
     bare = records_new()
-    assert "the checkpoint was not finished" in lead(runs.page(bare)) and page.html(runs.page(bare))
+    assert "Its quality was not measured." in lead(run_page(bare)) and page.html(run_page(bare))
     failed = run(evaluation=None, evaluation_error="OSError: the disk is gone", gate=None)
-    assert "The evaluation failed: OSError: the disk is gone." in lead(runs.page(failed)) and page.html(runs.page(failed))
+    assert "The evaluation failed: OSError: the disk is gone." in lead(run_page(failed)) and page.html(run_page(failed))
     broken = run()
     broken["evaluation"] |= {"quantized_perplexity": float("inf"), "kl": float("nan"), "original_perplexity": None}
-    assert "Its quality was not measured." in lead(runs.page(broken)) and page.html(runs.page(broken))
+    assert "Its quality was not measured." in lead(run_page(broken)) and page.html(run_page(broken))
 
 
 def records_new():
@@ -102,19 +101,17 @@ def records_new():
         "id": "a",
         "key": "b",
         "out": "runs/x",
+        "started": "2026-01-02T03:04:05Z",
         "config": {"quantization": {"bits": 3}},
-        "blocks": [],
-        "assembly": None,
-        "evaluation": None,
-        "stage_seconds": {},
-        "seconds": None,
-        "peak_memory_bytes": None,
+        "calibration_data": run()["calibration_data"],
+        "evaluation_data": run()["evaluation_data"],
+        "assembly": {"bytes": 1, "original_bytes": 4, "bits_per_weight": 3.2, "quantized_layers": 1},
         "machine": {},
     }
 
 
 def test_a_sweep_is_a_table_a_front_and_a_choice_with_its_reason():
-    made = sweeps.page(sweep())
+    made = sweep_page(sweep())
     told = lead(made)
     assert "5 configurations of models/small were quantized and evaluated; 1 of 6 did not complete" in told
     assert "Recommended is b4g32: 3.00 MB instead of 12.00 MB, perplexity +2.5 % against the original." in told
@@ -122,14 +119,14 @@ def test_a_sweep_is_a_table_a_front_and_a_choice_with_its_reason():
     assert "b7: invalid: bits = 7: must be 2, 3, 4 or 8" in words(made, "failed")
     assert made.label is None and "creening" not in words(made)
     none = sweep(recommended={"name": None, "rule": "the smallest", "reason": "none of 6 cells"})
-    assert "None can be recommended." in lead(sweeps.page(none)) and page.html(sweeps.page(none))
+    assert "None can be recommended." in lead(sweep_page(none)) and page.html(sweep_page(none))
 
 
 def test_a_screening_says_so_everywhere():
     screened = sweep(mode="screening")
     for row in screened["cells"]:
         row.update(out=None, original_bytes=None, set_aside=["tuning_steps"])
-    made = sweeps.page(screened)
+    made = sweep_page(screened)
     assert made.label.startswith("Screening: ") and "screening" in made.kicker
     assert all("screening" in section.title for section in made.sections)
     assert all("screening" in figure.title for figure in made.figures if figure.key.startswith("front"))
@@ -142,8 +139,8 @@ def test_two_runs_side_by_side():
     other["config"]["quantization"]["bits"] = 3
     other["assembly"]["bytes"] = 2_400_000
     other["evaluation"]["kl"] = 0.1
-    made = compare.page(run(), other)
-    rows = {row[0]: row[1:] for row in compare.numbers(run(), other, True)}
+    made = comparison(run(), other)
+    rows = {row[0]: row[1:] for row in compare.numbers(*map(RunRecord.model_validate, (run(), other)), True)}
     assert rows["size"] == ["3.00 MB", "2.40 MB", "-600.00 kB (-20.0 %)"] and rows["KL per token (nats)"][2] == "+0.05000 (+100.0 %)"
     assert rows["perplexity"][2] == "the same"
     assert "Its KL is 0.1000 instead of 0.05000." in lead(made)
@@ -154,12 +151,12 @@ def test_two_runs_side_by_side():
 def test_kl_on_other_held_out_text_is_not_compared():
     other = run(out="runs/other")
     other["evaluation"]["digest"] = "f" * 64
-    made = compare.page(run(), other)
+    made = comparison(run(), other)
     assert "not compared: they were judged on different held-out windows (digests eeeeeeeeeeee and ffffffffffff)" in lead(made)
-    rows = {row[0]: row[-1] for row in compare.numbers(run(), other, False)}
+    rows = {row[0]: row[-1] for row in compare.numbers(*map(RunRecord.model_validate, (run(), other)), False)}
     assert rows["KL per token (nats)"] == rows["perplexity"] == "not compared: other held-out text" and rows["size"] == "the same"
     assert "Its KL" not in lead(made) and "quality" not in [section.key for section in made.sections]
-    assert "at least one was not evaluated" in lead(compare.page(run(), run(evaluation=None)))
+    assert "at least one was not evaluated" in lead(comparison(run(), run(evaluation=None)))
 
 
 def test_everything_from_outside_is_escaped():
@@ -175,7 +172,7 @@ def test_everything_from_outside_is_escaped():
     cells["cells"][0] |= {"name": EVIL}
     cells["cells"][5]["error"] = EVIL
     cells["front"][-1] = cells["recommended"]["name"] = EVIL
-    for made in (runs.page(evil), sweeps.page(cells), compare.page(evil, evil)):
+    for made in (run_page(evil), sweep_page(cells), comparison(evil, evil)):
         text = page.html(made)
         assert "<script>window.evil" not in text and "<img src=x" not in text and EVIL not in text
         data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', text, re.DOTALL)[1]
@@ -184,7 +181,7 @@ def test_everything_from_outside_is_escaped():
 
 
 def test_one_file_with_plotly_once_and_a_policy_that_forbids_the_network(tmp_path):
-    text = page.write(tmp_path / "new" / "r.html", runs.page(run())).read_text()
+    text = page.write(tmp_path / "new" / "r.html", run_page(run())).read_text()
     assert text.count("plotly.js v") <= 2 and len(text) < 6_000_000 and "default-src 'none'" in text
     own = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.findall(r'(?:src|href)="(?!#|data:)', own) and 'name="viewport"' in own
@@ -194,7 +191,7 @@ def test_one_file_with_plotly_once_and_a_policy_that_forbids_the_network(tmp_pat
 @pytest.fixture
 def finished(tmp_path):
     (tmp_path / "small").mkdir()
-    records.write(tmp_path / "small", run())
+    records.write(tmp_path / "small", RunRecord.model_validate(run()))
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "sweep.json").write_text(json.dumps(sweep()))
     return tmp_path
@@ -203,10 +200,10 @@ def finished(tmp_path):
 def test_a_run_and_a_sweep_are_found_by_folder_and_by_file(finished):
     for name in ("small", "small.run.json"):
         found = find(finished / name)
-        assert (found.kind, found.content, found.report) == ("run", run(), finished / "small.report.html")
+        assert (found.record, found.report) == (RunRecord.model_validate(run()), finished / "small.report.html")
     for name in ("s", "s/sweep.json"):
         found = find(finished / name)
-        assert (found.kind, found.content["id"], found.report) == ("sweep", "s1", finished / "s" / "report.html")
+        assert (found.record.id, found.record.screening, found.report) == ("s1", False, finished / "s" / "report.html")
 
 
 def test_what_is_no_run_is_refused_with_what_would_do(finished):
@@ -217,8 +214,8 @@ def test_what_is_no_run_is_refused_with_what_would_do(finished):
     for name, told in (
         ("x.txt", "is no record: give"),
         ("nothing", "neither .*nothing.run.json nor"),
-        ("half", "has no config"),
-        ("list", "not one that `sweep` wrote"),
+        ("half", "run record .*half.run.json is damaged .*: mend it or remove it"),
+        ("list", "sweep record .*sweep.json must hold a JSON object: .*the same sweep command writes it again"),
     ):
         with pytest.raises(InputError, match=told):
             find(finished / name)

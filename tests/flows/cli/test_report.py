@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from tasks.outcome import record as records
+from tasks.outcome.record import RunRecord
 from tasks.report.writing import written
 
 
@@ -20,7 +21,7 @@ def call(*args):
 def home(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        records.write(tmp_path / name, run(out=str(tmp_path / name)))
+        records.write(tmp_path / name, RunRecord.model_validate(run(out=str(tmp_path / name))))
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "sweep.json").write_text(json.dumps(sweep()))
     return tmp_path
@@ -57,10 +58,10 @@ def test_what_is_wrong_is_said_in_one_line(home):
 
 
 def test_a_record_that_was_damaged_by_hand_is_told(home):
-    record = records.read(home / "a")
-    records.write(home / "a", record | {"blocks": [{"block": 0, "layers": [{"name": 3}]}]})
+    path = records.record_path(home / "a")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"blocks": [{"block": 0, "layers": [{"name": 3}]}]}))
     result = call(home / "a")
-    assert result.exit_code == 2 and f"the record of {home / 'a'} is damaged" in result.stderr and result.stderr.count("\n") == 1
+    assert result.exit_code == 2 and f"run record {path} is damaged" in result.stderr and result.stderr.count("\n") == 1
 
 
 class Told:
@@ -76,9 +77,14 @@ class Told:
         return nullcontext(lambda done, text="": None)
 
 
-def test_a_record_that_cannot_be_drawn_costs_a_note(home):
-    told = Told()
-    broken = run(out=str(home / "c"), blocks=[{"block": 0}])
-    assert written("run", broken, told) is None and told.notes[0].startswith("no report: KeyError") and len(told.notes) == 1
-    assert written("run", run(out=str(home / "c")), told) == home / "c.report.html" and len(told.notes) == 1
+def test_a_record_that_cannot_be_drawn_costs_a_note(home, monkeypatch):
+    told, record = Told(), RunRecord.model_validate(run(out=str(home / "c")))
+
+    def fails(*_args):
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.report.layer_figures.errors", fails)
+        assert written(record, told) is None and told.notes[0].startswith("no report: KeyError") and len(told.notes) == 1
+    assert written(record, told) == home / "c.report.html" and len(told.notes) == 1
     assert os.listdir(home).count("c") == 0

@@ -94,20 +94,20 @@ def test_perplexity_is_what_transformers_computes_on_the_same_windows(config, ho
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     with torch.no_grad():
         losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
-    assert row["original"] == pytest.approx(math.exp(sum(losses) / 20), rel=1e-4)
+    assert row.original == pytest.approx(math.exp(sum(losses) / 20), rel=1e-4)
     quantized = load_for_evaluation(str(home / "out"), "cpu")
     with torch.no_grad():
         losses = [quantized(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
-    assert row["quantized"] == pytest.approx(math.exp(sum(losses) / 20), rel=1e-4)
-    assert (row["name"], row["metric"], row["higher_is_better"], row["count"]) == ("corpus", "perplexity", False, 20)
-    assert row["recovery"] == row["original"] / row["quantized"] and "20 windows of 48 tokens" in row["protocol"]
+    assert row.quantized == pytest.approx(math.exp(sum(losses) / 20), rel=1e-4)
+    assert (row.name, row.metric, row.higher_is_better, row.count) == ("corpus", "perplexity", False, 20)
+    assert row.recovery == row.original / row.quantized and "20 windows of 48 tokens" in row.protocol
 
 
 def test_examples_seed_and_batch_size_reach_lm_eval(config, home, monkeypatch):
     import lm_eval
 
     [row] = measured(config(own(home, "pairs", num_fewshot=2, limit=4)))
-    assert ", 2-shot" in row["protocol"] and row["count"] == 4
+    assert ", 2-shot" in row.protocol and row.count == 4
     calls = []
 
     def stop(model, **keys):
@@ -128,7 +128,7 @@ def test_scores_are_those_of_lm_eval_by_itself(config, home, tiny_llama):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    rows = {(row["name"], row["metric"]): row for row in measured(config(own(home, "pairs", "lines", limit=10)))}
+    rows = {(row.name, row.metric): row for row in measured(config(own(home, "pairs", "lines", limit=10)))}
     assert set(rows) == {("pairs", "acc"), ("lines", "word_perplexity"), ("lines", "bits_per_byte")}
     absolute = home / "absolute"
     absolute.mkdir()
@@ -140,12 +140,12 @@ def test_scores_are_those_of_lm_eval_by_itself(config, home, tiny_llama):
     for key, path in (("original", tiny_llama), ("quantized", home / "out")):
         model = HFLM(pretrained=load_for_evaluation(str(path), "cpu"), tokenizer=load_tokenizer(str(path)), batch_size=4)
         found = lm_eval.simple_evaluate(model, tasks=["pairs", "lines"], task_manager=manager, limit=10, bootstrap_iters=0)["results"]
-        assert rows["pairs", "acc"][key] == found["pairs"]["acc,none"]
-        assert rows["lines", "word_perplexity"][key] == pytest.approx(found["lines"]["word_perplexity,none"], rel=1e-9)
-        assert rows["lines", "bits_per_byte"][key] == pytest.approx(found["lines"]["bits_per_byte,none"], rel=1e-9)
+        assert getattr(rows["pairs", "acc"], key) == found["pairs"]["acc,none"]
+        assert getattr(rows["lines", "word_perplexity"], key) == pytest.approx(found["lines"]["word_perplexity,none"], rel=1e-9)
+        assert getattr(rows["lines", "bits_per_byte"], key) == pytest.approx(found["lines"]["bits_per_byte,none"], rel=1e-9)
     row = rows["pairs", "acc"]
-    assert row["count"] == 10 and row["lost"] - row["gained"] == round(10 * (row["original"] - row["quantized"]))
-    assert "0-shot, the first 10 of each task" in row["protocol"] and row["sentence"].startswith("pairs, acc: ")
+    assert row.count == 10 and row.lost - row.gained == round(10 * (row.original - row.quantized))
+    assert "0-shot, the first 10 of each task" in row.protocol and row.sentence.startswith("pairs, acc: ")
 
 
 def measures(config):
@@ -159,9 +159,9 @@ def measured(config):
 
 
 def test_a_group_is_its_questions_together(config, home):
-    rows = {row["name"]: row for row in measured(config(own(home, "both"), own(home, "pairs")))}
-    assert rows["both"]["original"] == rows["pairs"]["original"] and rows["both"]["count"] == 48
-    assert "the questions of its tasks together" in rows["both"]["protocol"]
+    rows = {row.name: row for row in measured(config(own(home, "both"), own(home, "pairs")))}
+    assert rows["both"].original == rows["pairs"].original and rows["both"].count == 48
+    assert "the questions of its tasks together" in rows["both"].protocol
 
 
 def test_a_group_that_lm_eval_sums_up_is_what_it_says_and_loses_no_metric(config, home):
@@ -173,12 +173,12 @@ def test_a_group_that_lm_eval_sums_up_is_what_it_says_and_loses_no_metric(config
     )
     (home / "tasks" / "few.jsonl").write_text("".join((home / "tasks" / "pairs.jsonl").read_text().splitlines(keepends=True)[:3]))
     task(home, "short", "few", include="pairs.yaml")
-    rows = {(row["name"], row["metric"]): row for row in measured(config(own(home, "summed")))}
+    rows = {(row.name, row.metric): row for row in measured(config(own(home, "summed")))}
     pairs = measured(config(own(home, "pairs")))[0], measured(config(own(home, "short")))[0]
-    assert rows["summed", "acc"]["original"] == pytest.approx((pairs[0]["original"] + pairs[1]["original"]) / 2)
+    assert rows["summed", "acc"].original == pytest.approx((pairs[0].original + pairs[1].original) / 2)
     assert "word_perplexity" in {metric for _, metric in rows}
-    if pairs[0]["original"] != pairs[1]["original"]:
-        assert rows["summed", "acc"]["interval"] is None, "a mean of means is not made up of its questions"
+    if pairs[0].original != pairs[1].original:
+        assert rows["summed", "acc"].interval is None, "a mean of means is not made up of its questions"
 
 
 def task(home, name, data, **keys):
@@ -201,19 +201,19 @@ def test_scalar_log_likelihoods_become_a_perplexity_with_its_own_interval(config
     )
     (home / "tasks" / "lines.jsonl").write_text((home / "tasks" / "lines.jsonl").read_text() * 2)
     [row] = measured(config(own(home, "last")))
-    assert row["interval"][0] <= row["recovery"] <= row["interval"][1] and row["count"] == 24
+    assert row.interval[0] <= row.recovery <= row.interval[1] and row.count == 24
 
 
 def test_two_names_of_one_text_are_two_rows_of_one_score(config, home, corpus):
     one = {"kind": "perplexity", "dataset": str(corpus), "seqlen": 40, "samples": 3}
     rows = measured(config(one | {"name": "one"}, one | {"name": "two"}))
-    assert [row["name"] for row in rows] == ["one", "two"] and rows[0]["original"] == rows[1]["original"]
+    assert [row.name for row in rows] == ["one", "two"] and rows[0].original == rows[1].original
 
 
 def test_what_fails_costs_no_other_measure(config, home, corpus):
     task(home, "broken", "pairs", include="pairs.yaml", doc_to_text="{{no_such_field.deeper}}")
     rows, failed = measures(config(own(home, "broken"), str(corpus))).run()
-    assert [row["metric"] for row in rows] == ["perplexity"]
+    assert [row.metric for row in rows] == ["perplexity"]
     assert len(failed) == 1 and failed[0].startswith("TaskFailedError: evaluation.measures: broken failed in lm-eval (UndefinedError")
 
 
@@ -223,7 +223,7 @@ def test_a_damaged_store_of_the_original_is_made_anew(config, home):
     for damage in ('{"scores": ', "[1]"):
         for path in (home / ".originals").iterdir():
             path.write_text(damage)
-        assert measured(mine)[0]["original"] == before[0]["original"]
+        assert measured(mine)[0].original == before[0].original
 
 
 def test_other_data_elsewhere_is_other_work(config, home):
@@ -232,7 +232,7 @@ def test_other_data_elsewhere_is_other_work(config, home):
     mine = config(own(home, "outer"))
     first, key = measured(mine), measures(mine).key
     (home / "outer.jsonl").write_text("".join((home / "outer.jsonl").read_text().splitlines(keepends=True)[:9]))
-    assert measures(mine).key != key and measured(mine)[0]["count"] == 9 != first[0]["count"]
+    assert measures(mine).key != key and measured(mine)[0].count == 9 != first[0].count
 
 
 def test_the_original_is_scored_once_for_all_runs_of_a_folder(config, home, monkeypatch):

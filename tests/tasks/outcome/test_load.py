@@ -13,20 +13,20 @@ def test_a_run_is_sampled_by_mlflows_names():
     with Sampler(seconds=0.01) as sampler:
         time.sleep(0.1)
         found = sampler.record()
-    assert set(found["metrics"]) >= {"cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage"}
-    assert len(found["times_ms"]) > 1 and found["times_ms"] == sorted(found["times_ms"])
-    assert all(len(values) == len(found["times_ms"]) for values in found["metrics"].values())
-    assert all(0 < value <= 100 for value in found["metrics"]["system_memory_usage_percentage"])
+    assert set(found.metrics) >= {"cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage"}
+    assert len(found.times_ms) > 1 and found.times_ms == sorted(found.times_ms)
+    assert all(len(values) == len(found.times_ms) for values in found.metrics.values())
+    assert all(0 < value <= 100 for value in found.metrics["system_memory_usage_percentage"])
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
     theirs = CPUMonitor()
     theirs.collect_metrics()
-    assert set(theirs.metrics) <= set(found["metrics"])
+    assert set(theirs.metrics) <= set(found.metrics)
 
 
 def test_a_short_run_has_a_sample_and_the_thread_ends():
     with Sampler() as sampler:
-        assert len(sampler.record()["times_ms"]) == 1
+        assert len(sampler.record().times_ms) == 1
     assert not sampler._thread.is_alive()
 
 
@@ -37,11 +37,11 @@ def test_a_long_run_is_told_more_coarsely(monkeypatch):
     for _ in range(4):
         sampler._sample()
     found = sampler.record()  # the fifth
-    assert found["metrics"] == {"cpu_utilization_percentage": [0.5, 2.5, 4.0]} and found["interval_seconds"] == 2.0
+    assert found.metrics == {"cpu_utilization_percentage": [0.5, 2.5, 4.0]} and found.interval_seconds == 2.0
     for _ in range(100):
         sampler._sample()
     found = sampler.record()
-    assert len(found["times_ms"]) <= 4 and found["interval_seconds"] >= 32
+    assert len(found.times_ms) <= 4 and found.interval_seconds >= 32
 
 
 def test_a_system_that_does_not_tell_costs_only_the_samples(monkeypatch):
@@ -61,7 +61,7 @@ def test_without_room_for_a_thread_the_end_is_sampled(monkeypatch):
     monkeypatch.setattr("threading.Thread.start", fails)
     with Sampler() as sampler:
         pass
-    assert len(sampler.record()["times_ms"]) == 1
+    assert len(sampler.record().times_ms) == 1
 
 
 @pytest.mark.parametrize("load, told", [(lambda index: 70, {"gpu_1_utilization_percentage": 70.0}), (None, {})])

@@ -8,9 +8,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
+from report_records import run
 
 from tasks.config.run import NotifyConfig
-from tasks.outcome.notify import events, notify
+from tasks.outcome.notify import happened, notify
+from tasks.outcome.record import RunRecord
 
 CONTENT = {"name": "m-w4", "kl": 0.5}
 
@@ -38,17 +40,18 @@ def server(status=200):
 
 
 @pytest.mark.parametrize(
-    "record, said",
+    "passed, error, said",
     [
-        ({"gate": None, "evaluation_error": None}, ["done"]),
-        ({"gate": {"passed": True}, "evaluation_error": None}, ["done", "passed"]),
-        ({"gate": {"passed": False}, "evaluation_error": None}, ["done", "failed"]),
-        ({"gate": None, "evaluation_error": "OSError: x"}, ["done", "failed"]),
-        ({"gate": {"passed": True}, "evaluation_error": "OSError: x"}, ["done", "failed"]),
+        (None, None, ["done"]),
+        (True, None, ["done", "passed"]),
+        (False, None, ["done", "failed"]),
+        (None, "OSError: x", ["done", "failed"]),
+        (True, "OSError: x", ["done", "failed"]),
     ],
 )
-def test_what_happened(record, said):
-    assert events(record) == said
+def test_what_happened(passed, error, said):
+    gate = None if passed is None else {"passed": passed, "checks": [], "measure": "kl", "value": None}
+    assert happened(RunRecord.model_validate(run(gate=gate, evaluation_error=error))) == said
 
 
 @pytest.mark.parametrize("when, told", [(["done"], True), (["failed"], False), (["passed"], True), (["failed", "done"], True)])
@@ -68,7 +71,7 @@ def test_a_webhook_gets_json_and_is_told_once(monkeypatch):
         monkeypatch.setenv("GPTQ_TEST_HOOK", f"{url}/secret")
         hooks = NotifyConfig(webhook="env:GPTQ_TEST_HOOK")
         first = notify(hooks, ["done"], CONTENT | {"perplexity": float("inf")})
-        assert first["webhook"]["error"] is None and "secret" not in str(first)
+        assert first["webhook"].error is None and "secret" not in str(first)
         [(path, kind, body)] = bodies
         assert (path, kind, json.loads(body)) == ("/secret", "application/json", CONTENT | {"perplexity": "inf"})
         assert notify(hooks, ["done"], CONTENT | {"perplexity": float("inf")}, first) == first and len(bodies) == 1
@@ -80,7 +83,7 @@ def test_a_hook_that_failed_is_told_again_and_the_other_is_not(tmp_path):
     with server(503) as (url, bodies):
         hooks = NotifyConfig(webhook=url, command=f"cat >> {tmp_path}/told")
         first = notify(hooks, ["done"], CONTENT)
-        assert first["webhook"]["error"] == "notify.webhook answered 503" and first["command"]["error"] is None
+        assert first["webhook"].error == "notify.webhook answered 503" and first["command"].error is None
         again = notify(hooks, ["done"], CONTENT, first)
         assert len(bodies) == 2 and again == first and (tmp_path / "told").read_text() == json.dumps(CONTENT)
 
@@ -89,9 +92,9 @@ def test_a_webhook_that_does_not_answer_costs_its_seconds():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         found = notify(NotifyConfig(webhook=f"http://127.0.0.1:{silent.getsockname()[1]}/x", seconds=0.3), ["done"], CONTENT)
-    assert found["webhook"]["error"] == "notify.webhook does not answer: ReadTimeout" and time.monotonic() - started < 5
+    assert found["webhook"].error == "notify.webhook does not answer: ReadTimeout" and time.monotonic() - started < 5
     gone = notify(NotifyConfig(webhook="http://127.0.0.1:9/x"), ["done"], CONTENT)
-    assert gone["webhook"]["error"] == "notify.webhook does not answer: ConnectError"
+    assert gone["webhook"].error == "notify.webhook does not answer: ConnectError"
 
 
 @pytest.mark.parametrize(
@@ -107,16 +110,16 @@ def test_a_webhook_that_does_not_answer_costs_its_seconds():
 def test_a_command_that_fails_is_one_line(command, said):
     started = time.monotonic()
     found = notify(NotifyConfig(command=command, seconds=0.3 if "sleep" in command else 30), ["done"], CONTENT)
-    assert said in found["command"]["error"] and "\n" not in found["command"]["error"] and time.monotonic() - started < 15
+    assert said in found["command"].error and "\n" not in found["command"].error and time.monotonic() - started < 15
 
 
 def test_a_command_need_not_read():
-    assert notify(NotifyConfig(command="exit 0"), ["done"], {"long": "x" * 1_000_000})["command"]["error"] is None
+    assert notify(NotifyConfig(command="exit 0"), ["done"], {"long": "x" * 1_000_000})["command"].error is None
 
 
 def test_a_variable_that_is_not_there_is_named():
     found = notify(NotifyConfig(webhook="env:GPTQ_TEST_NOT_SET"), ["done"], CONTENT)
-    assert "env:GPTQ_TEST_NOT_SET: the environment variable GPTQ_TEST_NOT_SET is not set" in found["webhook"]["error"]
+    assert "env:GPTQ_TEST_NOT_SET: the environment variable GPTQ_TEST_NOT_SET is not set" in found["webhook"].error
 
 
 def test_a_prefect_block_holds_the_address(prefect_server):
@@ -124,7 +127,7 @@ def test_a_prefect_block_holds_the_address(prefect_server):
 
     with server() as (url, bodies):
         Secret(value=f"{url}/from-a-block").save("gptq-test-hook", overwrite=True)
-        assert notify(NotifyConfig(webhook="block:gptq-test-hook"), ["done"], CONTENT)["webhook"]["error"] is None
+        assert notify(NotifyConfig(webhook="block:gptq-test-hook"), ["done"], CONTENT)["webhook"].error is None
         assert bodies[0][0] == "/from-a-block"
-    gone = notify(NotifyConfig(webhook="block:gptq-test-none"), ["done"], CONTENT)["webhook"]["error"]
+    gone = notify(NotifyConfig(webhook="block:gptq-test-none"), ["done"], CONTENT)["webhook"].error
     assert "block:gptq-test-none cannot be loaded" in gone and "create a Secret block" in gone

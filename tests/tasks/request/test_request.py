@@ -106,7 +106,8 @@ def test_original_and_backend_reach_the_evaluation(compared, config, monkeypatch
 
     def judged(first, *_args, backend, **_kwargs):
         seen.append((first, backend))
-        return {"perplexity": 1.0, "tokens": 1}
+        numbers = dict.fromkeys(("original_perplexity", "quantized_perplexity", "kl", "top1_agreement"), 1.0)
+        return numbers if compared else {"perplexity": 1.0, "tokens": 1}
 
     monkeypatch.setattr("tasks.steps.evaluate.evaluate_pair", judged)
     monkeypatch.setattr("tasks.steps.evaluate.evaluate_one", judged)
@@ -114,7 +115,7 @@ def test_original_and_backend_reach_the_evaluation(compared, config, monkeypatch
     original = Opaque(request.model) if compared else None
     result = evaluate.fn("checkpoint", Opaque(request.texts.evaluation), original, "cpu", True, Opaque(None), "marlin")
     assert seen == [(request.model if compared else "checkpoint", "marlin")]
-    assert result["backend"] == "gptq_marlin"
+    assert result.backend == "gptq_marlin"
 
 
 def changed(config, room, **values):

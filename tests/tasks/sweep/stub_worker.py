@@ -18,9 +18,9 @@ for line in sys.stdin:
         case "finish":
             say(event="stage", text="stub")
             say(event="progress", text="block 1/1")
-            say(event="done", result={"pid": os.getpid()})
+            say(event="outcome", outcome={"status": "done", "pid": os.getpid()})
         case "refuse":
-            say(event="failed", kind=job["kind"], text="InputError: the stub refuses")
+            say(event="outcome", outcome={"status": job["status"], "error": "InputError: the stub refuses"})
         case "hang":
             time.sleep(600)
         case "killed":

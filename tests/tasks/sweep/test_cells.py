@@ -5,12 +5,16 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from report_records import run
 
 import tasks.request.request
 from gptq_core.checkpoint.reader import Checkpoint
 from gptq_core.errors import OutputHeldError
 from tasks.config.sweep import SweepConfig
-from tasks.outcome.record import beside
+from tasks.outcome import record as records
+from tasks.outcome.job import Outcome
+from tasks.outcome.parts import HookCall, MlflowLink, Registration, Screened
+from tasks.outcome.record import RunRecord, beside
 from tasks.request.handing import handed_on
 from tasks.request.request import Request, Requests
 from tasks.sweep import cells, jobs, results
@@ -46,8 +50,9 @@ def machine(monkeypatch):
     return having
 
 
-def done(cell, record):
-    return cells.State(cell, "done", record=record, opened=Requests().of(cell.config))
+def done(cell, **found):
+    """found: its record, or what screening found."""
+    return cells.State(cell, "done", opened=Requests().of(cell.config), **found)
 
 
 def placed(config):
@@ -76,12 +81,12 @@ def test_jobs_carry_the_limits_and_what_was_done_once(sweep):
     config = sweep(limits={"memory_gb": 2.5})
     missing = cells.examine(config)
     [(key, job)] = jobs.original_jobs(config, missing, 1)[0].items()
-    found = jobs.jobs(config, missing, 7, {key: job["file"]})
-    assert [job["config"]["quantization"]["bits"] for job in found.values()] == [2, 3, 4, 8]
+    found = jobs.jobs(config, missing, 7, {key: job.file})
+    assert [job.config.quantization.bits for job in found.values()] == [2, 3, 4, 8]
     for name, each in found.items():
-        assert (each["threads"], each["memory_gb"], each["original"]) == (7, 2.5, job["file"])
-        assert each["texts"]["calibration"]["file"].startswith(str(beside(config.folder / name, ".work")))
-        assert any(str(config.expanded()[0].config.model.path) in stamp for stamp in each["known_sha256"])
+        assert (each.threads, each.memory_gb, each.original) == (7, 2.5, job.file)
+        assert each.texts.calibration.file.startswith(str(beside(config.folder / name, ".work")))
+        assert any(str(config.expanded()[0].config.model.path) in stamp for stamp in each.known_sha256)
 
 
 def test_cells_share_the_model_and_the_texts(sweep, monkeypatch):
@@ -97,7 +102,7 @@ def test_cells_share_the_model_and_the_texts(sweep, monkeypatch):
         jobs.original_jobs(config, missing, 1)
         jobs.jobs(config, missing, 1, {})
         for state in missing:
-            assert cells.after(state, {"status": "failed", "error": "died", "result": None}).status == "failed"
+            assert cells.after(state, Outcome(status="failed", error="died")).status == "failed"
     assert len(missing) == 4 and len(opened) == 1 and len(read) == 1
 
 
@@ -118,7 +123,6 @@ def test_an_original_is_stored_for_several_cells_and_only_below_the_limit(sweep,
 def test_a_gate_judges_screened_cells_too(sweep, base):
     config = sweep(base=base | {"gate": {"max_kl": 0.1}}, mode="screening")
     figures = {
-        "mode": "screening",
         "original_perplexity": 10.0,
         "quantized_perplexity": 11.0,
         "top1_agreement": 0.9,
@@ -130,10 +134,10 @@ def test_a_gate_judges_screened_cells_too(sweep, base):
         "error": None,
     }
     two = config.expanded()[:2]
-    states = [done(cell, figures | {"kl": kl}) for cell, kl in zip(two, (0.2, 0.05), strict=True)]
+    states = [done(cell, screened=Screened(**figures, kl=kl)) for cell, kl in zip(two, (0.2, 0.05), strict=True)]
     found = results.result(config, states, [], 0.0)
-    assert [row["gate"] for row in found["cells"]] == ["failed", "passed"] and found["cells"][0]["fallback_layers"] == 1
-    assert found["recommended"]["name"] == two[1].name and "gate" in found["recommended"]["rule"]
+    assert [cell.gate for cell in found.cells] == ["failed", "passed"] and found.cells[0].fallback_layers == 1
+    assert found.recommended.name == two[1].name and "gate" in found.recommended.rule
 
 
 @pytest.mark.parametrize(
@@ -150,16 +154,14 @@ def test_every_key_of_choose_decides(sweep, choose, chosen):
     config = sweep(choose=choose)
     #        perplexity, KL, bytes
     figures = [(14.0, 0.4, 10), (10.4, 0.3, 20), (10.3, 0.1, 30), (10.2, 0.2, 40)]
-    records = [
-        {
-            "evaluation": {"kl": kl, "original_perplexity": 10.0, "quantized_perplexity": perplexity, "top1_agreement": 0.9},
-            "seconds": 1.0,
-            "assembly": {"bytes": size, "bits_per_weight": 3.2},
-        }
-        for perplexity, kl, size in figures
-    ]
-    states = [done(cell, record) for cell, record in zip(config.expanded(), records, strict=True)]
-    assert results.result(config, states, [], 0.0)["recommended"]["name"] == states[chosen].cell.name
+    states = []
+    for cell, (perplexity, kl, size) in zip(config.expanded(), figures, strict=True):
+        record = RunRecord.model_validate(run())
+        numbers = {"original_perplexity": 10.0, "quantized_perplexity": perplexity, "kl": kl}
+        record.evaluation = record.evaluation.model_copy(update=numbers)
+        record.assembly = record.assembly.model_copy(update={"bytes": size})
+        states.append(done(cell, record=record))
+    assert results.result(config, states, [], 0.0).recommended.name == states[chosen].cell.name
 
 
 def test_a_damaged_cell_is_told_and_stops_no_other(sweep):
@@ -175,29 +177,26 @@ def test_a_damaged_cell_is_told_and_stops_no_other(sweep):
 @pytest.mark.parametrize(
     ("part", "broken"),
     [
-        ("cell", {"run_id": None, "error": "away"}),
+        ("cell", MlflowLink(error="away")),
         ("cell", None),
-        ("notified", {"command": {"told": "x", "error": "code 3"}}),
-        ("registry", {"error": "away"}),
-        ("mlflow", {"run_id": None, "error": "away"}),
+        ("notified", {"command": HookCall(told="x", error="code 3")}),
+        ("registry", Registration(error="away")),
+        ("mlflow", MlflowLink(error="away")),
     ],
 )
-def test_what_was_not_told_everywhere_is_not_settled(sweep, part, broken):
-    config, logged = sweep(grid={"bits": [3]}), {"run_id": "r", "error": None}
-    record = {
-        "evaluation": {"kl": 0.1, "original_perplexity": 10.0, "quantized_perplexity": 10.1, "top1_agreement": 0.9},
-        "seconds": 1.0,
-        "assembly": {"bytes": 10, "bits_per_weight": 3.2},
-        "mlflow": logged,
-    }
-    state = done(config.expanded()[0], record)
-    results.write(config, results.result(config, [state], [], 0.0) | {"mlflow": logged})
-    assert results.settled(config, [state])
+def test_what_is_not_known_everywhere_is_not_finished(sweep, part, broken):
+    config, logged = sweep(grid={"bits": [3]}), MlflowLink(run_id="r")
+    state = done(config.expanded()[0], record=RunRecord.model_validate(run(mlflow=logged)))
+    found = results.result(config, [state], [], 0.0)
+    found.mlflow = logged
+    records.write_sweep(config.folder, found)
+    assert results.finished(config, [state])
     if part == "cell":
-        state.record["mlflow"] = broken
+        state.record.mlflow = broken
     else:
-        results.write(config, results.read(config) | {part: broken})
-    assert results.settled(config, [state]) is None
+        setattr(found, part, broken)
+        records.write_sweep(config.folder, found)
+    assert results.finished(config, [state]) is None
 
 
 def test_allocate_is_for_exact_cells(sweep, base):

@@ -6,37 +6,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.sweep.pareto import front, recommend
+from tasks.outcome.parts import SweptCell
+from tasks.sweep.pareto import pareto_front, recommend
 
 
-def row(name, size, kl, *, perplexity=10.0, gate=None):
-    return {
-        "name": name,
-        "bytes": size,
-        "kl": kl,
-        "perplexity": perplexity,
-        "original_perplexity": 10.0,
-        "gate": gate,
-        "bits_per_weight": 4.0,
-    }
+def row(name, size, kl, *, perplexity=10.0, gate=None, judged_on=None):
+    return SweptCell(
+        name=name,
+        status="done",
+        bytes=size,
+        kl=kl,
+        perplexity=perplexity,
+        original_perplexity=10.0,
+        gate=gate,
+        bits_per_weight=4.0,
+        judged_on=judged_on,
+    )
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=8))
 def test_the_front_has_for_each_point_that_nothing_dominates_one_cell(points):
     rows = [row(str(index), size, float(kl)) for index, (size, kl) in enumerate(points)]
     best = {(a, b) for a, b in points if not any((c <= a and d <= b) and (c, d) != (a, b) for c, d in points)}
-    found = [points[int(name)] for name in front(rows, "kl")]
+    found = [points[int(name)] for name in pareto_front(rows, "kl")]
     assert sorted(best) == found
 
 
 def test_cells_without_numbers_are_on_no_front():
-    assert front([row("a", None, None), row("b", 1, 0.5), row("c", 1, None)], "kl") == ["b"]
+    assert pareto_front([row("a", None, None), row("b", 1, 0.5), row("c", 1, None)], "kl") == ["b"]
 
 
 def test_cells_of_several_models_or_texts_are_compared_only_with_their_like():
-    rows = [row("a", 1, 0.5) | {"judged_on": "x"}, row("b", 2, 0.9) | {"judged_on": "y"}, row("c", 3, 0.6) | {"judged_on": "x"}]
-    assert front(rows, "kl") == ["a", "b"]
-    assert "cannot be compared" in pick(rows)["reason"] and "cannot be compared" not in pick(rows[::2])["reason"]
+    rows = [row("a", 1, 0.5, judged_on="x"), row("b", 2, 0.9, judged_on="y"), row("c", 3, 0.6, judged_on="x")]
+    assert pareto_front(rows, "kl") == ["a", "b"]
+    assert "cannot be compared" in pick(rows).reason and "cannot be compared" not in pick(rows[::2]).reason
 
 
 def pick(rows, **keys):
@@ -66,10 +69,10 @@ CELLS = [
 )
 def test_each_rule_picks_its_cell(keys, name):
     found = pick(CELLS, **keys)
-    assert found["name"] == name and found["rule"]
+    assert found.name == name and found.rule
 
 
 def test_a_perplexity_of_nan_fits_nothing():
     rows = [row("a", 1, math.nan, perplexity=math.nan), row("b", 2, 0.1)]
-    assert pick(rows[:1])["name"] is None and front(rows, "kl") == ["b"]
-    assert pick(rows, rule="best_within_size", max_gb=1)["name"] == "b"
+    assert pick(rows[:1]).name is None and pareto_front(rows, "kl") == ["b"]
+    assert pick(rows, rule="best_within_size", max_gb=1).name == "b"

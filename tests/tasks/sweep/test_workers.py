@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from tasks.config.sweep import LimitsConfig
+from tasks.outcome.job import OriginalJob
 from tasks.sweep import workers
 from tasks.sweep.workers import Leases, Worker, supervise
 
 STUB = (sys.executable, str(Path(__file__).parent / "stub_worker.py"))
-LIMITS = {"minutes": None, "retries": 0}
-FINISH = {"do": "finish"}
+
+
+def limits(minutes=None, retries=0):
+    return LimitsConfig(minutes=minutes, retries=retries)
+
+
+def job(do, **more):
+    """A job with keys for the stub."""
+    return OriginalJob(threads=1, model="m", revision=None, device="cpu", windows="w", file="f", do=do, **more)
+
+
+FINISH = job("finish")
 
 
 @pytest.fixture
@@ -32,34 +44,34 @@ def test_the_process_is_the_worker_of_the_sweep_unless_another_is_named(tmp_path
 
 def test_one_worker_takes_one_job_after_another(worker):
     notes = []
-    first, again = (supervise(worker, FINISH, LIMITS, notes.append) for _ in range(2))
-    assert (first["status"], again["status"]) == ("done", "done") and notes == ["block 1/1"] * 2
-    assert first["result"] == again["result"] == {"pid": worker._process.pid}
+    first, again = (supervise(worker, FINISH, limits(), notes.append) for _ in range(2))
+    assert (first.status, again.status) == ("done", "done") and notes == ["block 1/1"] * 2
+    assert first.pid == again.pid == worker._process.pid
 
 
-@pytest.mark.parametrize("kind", ["invalid", "memory", "held", "failed"])
-def test_what_the_worker_refuses_is_not_tried_again_and_spoils_no_later_job(worker, kind):
-    outcome = supervise(worker, {"do": "refuse", "kind": kind}, LIMITS | {"retries": 3}, silent)
-    assert (outcome["status"], outcome["attempts"], outcome["error"]) == (kind, 1, "InputError: the stub refuses")
+@pytest.mark.parametrize("status", ["invalid", "memory", "held", "failed"])
+def test_what_the_worker_refuses_is_not_tried_again_and_spoils_no_later_job(worker, status):
+    outcome = supervise(worker, job("refuse", status=status), limits(retries=3), silent)
+    assert (outcome.status, outcome.attempts, outcome.error) == (status, 1, "InputError: the stub refuses")
     assert worker._process is None
-    assert supervise(worker, FINISH, LIMITS, silent)["status"] == "done"
+    assert supervise(worker, FINISH, limits(), silent).status == "done"
 
 
 def test_a_job_that_takes_too_long_is_ended(worker):
-    outcome = supervise(worker, {"do": "hang"}, LIMITS | {"minutes": 0.001}, silent)
-    assert outcome["status"] == "time" and "0.001" in outcome["error"] and worker._process is None
+    outcome = supervise(worker, job("hang"), limits(minutes=0.001), silent)
+    assert outcome.status == "time" and "0.001" in outcome.error and worker._process is None
 
 
 def test_a_killed_worker_is_begun_again_as_often_as_allowed(worker):
     notes = []
-    outcome = supervise(worker, {"do": "killed"}, LIMITS | {"retries": 1}, notes.append)
-    assert (outcome["status"], outcome["attempts"]) == ("failed", 2) and "SIGKILL" in outcome["error"] and "begun again" in notes[0]
-    assert supervise(worker, FINISH, LIMITS, silent)["status"] == "done"
+    outcome = supervise(worker, job("killed"), limits(retries=1), notes.append)
+    assert (outcome.status, outcome.attempts) == ("failed", 2) and "SIGKILL" in outcome.error and "begun again" in notes[0]
+    assert supervise(worker, FINISH, limits(), silent).status == "done"
 
 
 def test_a_bug_ends_the_worker_and_its_last_words_are_told(worker):
-    outcome = supervise(worker, {"do": "bug"}, LIMITS, silent)
-    assert outcome["status"] == "failed" and "the stub has a bug" in outcome["error"] and str(worker.log) in outcome["error"]
+    outcome = supervise(worker, job("bug"), limits(), silent)
+    assert outcome.status == "failed" and "the stub has a bug" in outcome.error and str(worker.log) in outcome.error
 
 
 def test_leases_give_every_device_its_slots_and_no_more_than_all(tmp_path):
@@ -82,10 +94,10 @@ def test_retired_leases_end_what_runs_and_begin_nothing(tmp_path):
     [worker] = leases.workers
     worker.command = STUB
     found = []
-    thread = threading.Thread(target=lambda: found.append(supervise(worker, {"do": "hang"}, LIMITS | {"retries": 5}, silent)))
+    thread = threading.Thread(target=lambda: found.append(supervise(worker, job("hang"), limits(retries=5), silent)))
     thread.start()
     while worker._process is None:
         time.sleep(0.01)
     leases.retire()
     thread.join(30)
-    assert found[0]["status"] == "ended" and supervise(worker, FINISH, LIMITS, silent)["status"] == "ended"
+    assert found[0].status == "ended" and supervise(worker, FINISH, limits(), silent).status == "ended"

@@ -1,10 +1,11 @@
-"""What MLflow is told of a record, without MLflow."""
+"""Names, params, tags and metrics of a record, without MLflow."""
 
 import pytest
 from tracked import DAY, make_config, make_record, make_sweep
 
 from tasks.config.run import from_dict
-from tasks.outcome import record as records
+from tasks.outcome.machine import machine
+from tasks.outcome.record import RunRecord
 from tasks.tracking import mlflow_fields
 
 LEAST = {"model": {"path": "org/llama-8b"}, "quantization": {"bits": 4, "dataset": "t.txt"}}
@@ -21,13 +22,16 @@ LEAST = {"model": {"path": "org/llama-8b"}, "quantization": {"bits": 4, "dataset
     ],
 )
 def test_the_name_of_a_run_tells_model_width_and_recipe(changes, name):
-    assert mlflow_fields.run_name(from_dict(LEAST, changes), {}) == name
+    assert mlflow_fields.run_name(from_dict(LEAST, changes)) == name
 
 
 def test_cells_and_sweeps_are_named_by_theirs(tmp_path):
     record = make_record(config := make_config(tmp_path))
     sweep = make_sweep(tmp_path / "grid", {"bits=3_group_size=32": record})
-    assert mlflow_fields.run_name(config, record) == "llama bits=3_group_size=32" and mlflow_fields.sweep_name(sweep) == "llama sweep grid"
+    assert (
+        mlflow_fields.run_name(config, record.sweep.cell) == "llama bits=3_group_size=32"
+        and mlflow_fields.sweep_name(sweep.name) == "llama sweep grid"
+    )
 
 
 def test_parameters_are_flat_and_whole():
@@ -83,11 +87,12 @@ def test_every_number_has_its_name_step_and_time(tmp_path):
 
 
 def test_a_record_of_before_is_told_as_far_as_it_goes(tmp_path):
-    record = make_record(config := make_config(tmp_path))
-    for key in ("system", "source", "model_digest", "device", "kernels", "sweep", "prefect_flow_run_url"):
-        del record[key]
-    record["machine"] = {"gpu": None}
-    record["evaluation"] = {"original_perplexity": 2.0, "quantized_perplexity": 2.5, "kl": None, "top1_agreement": 0.5}
+    found = make_record(config := make_config(tmp_path)).model_dump()
+    for key in ("schema_version", "system", "source", "model_digest", "device", "kernels", "sweep", "prefect_flow_run_url"):
+        del found[key]
+    found["machine"] = {"gpu": None}
+    numbers = {"original_perplexity": 2.0, "quantized_perplexity": 2.5, "kl": None, "top1_agreement": 0.5}
+    record = RunRecord.model_validate(found | {"evaluation": numbers | {"digest": "e" * 64}})
     told = {key for key, *_ in mlflow_fields.metrics(record)}
     assert "quantized_perplexity" in told and not any(key.startswith(("measure/", "system/", "flips")) for key in told)
     assert mlflow_fields.tags(config, record)["gptq.host"] == ""
@@ -95,14 +100,16 @@ def test_a_record_of_before_is_told_as_far_as_it_goes(tmp_path):
 
 def test_rows_of_one_name_and_metric_are_kept_apart(tmp_path):
     record = make_record(make_config(tmp_path))
-    record["evaluation"]["measures"] *= 2
+    record.evaluation = record.evaluation.model_copy(update={"measures": record.evaluation.measures * 2})
     told = {key: value for key, value, *_ in mlflow_fields.metrics(record)}
     assert told["measure/wikitext2/perplexity/original"] == told["measure/wikitext2/perplexity_2/original"] == 4.0
 
 
 def test_tags_are_what_people_filter_by(tmp_path):
     config = make_config(tmp_path, gate={"max_kl": 0.1}, model={"path": "models/llama", "revision": "main"})
-    record = make_record(config, machine=records.machine() | {"gpu": "H200"}, source={"version": "1", "git": "abc-dirty"}, device="cuda")
+    record = make_record(
+        config, machine=machine().model_copy(update={"gpu": "H200"}), source={"version": "1", "git": "abc-dirty"}, device="cuda"
+    )
     tags = mlflow_fields.tags(config, record)
     assert {
         "gptq.kind": "run",
@@ -120,10 +127,10 @@ def test_tags_are_what_people_filter_by(tmp_path):
         "gptq.calibration": "d" * 64,
         "gptq.gate": "failed",
         "prefect.flow_run_id": "p",
-        "gptq.host": record["machine"]["host"],
+        "gptq.host": record.machine.host,
     }.items() <= tags.items()
     assert "0.25 is above 0.1" in tags["gptq.gate.failed"] and all(isinstance(value, str) for value in tags.values())
-    assert mlflow_fields.tags(config, record | {"device": "cpu"})["gptq.device"] == "cpu"
+    assert mlflow_fields.tags(config, record.model_copy(update={"device": "cpu"}))["gptq.device"] == "cpu"
     mixed = make_config(tmp_path, quantization={"bits": 4, "dataset": "t", "allocate": {"bits": [2, 4], "budget_bpw": 3.5}})
     assert mlflow_fields.tags(mixed, record)["gptq.bits"] == "mixed"
 

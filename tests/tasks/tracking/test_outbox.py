@@ -4,6 +4,7 @@ import pytest
 
 from gptq_core.errors import InputError
 from tasks.config.run import TrackingConfig
+from tasks.outcome.parts import MlflowLink
 from tasks.tracking import outbox
 
 
@@ -31,10 +32,10 @@ def test_a_second_try_keeps_since_when_and_that_it_is_to_be_registered(tracking,
     monkeypatch.setattr(outbox, "_now", lambda: "2026-01-01T00:00:00Z")
     outbox.put(tracking, "run", tmp_path / "x.run.json", "first", register=True)
     monkeypatch.setattr(outbox, "_now", lambda: "2027-01-01T00:00:00Z")
-    outbox.settle(tracking, "run", tmp_path / "x.run.json", {"error": "second"})
+    outbox.update(tracking, "run", tmp_path / "x.run.json", MlflowLink(error="second"))
     [entry] = entries(tmp_path)
     assert (entry.since, entry.why, entry.register) == ("2026-01-01T00:00:00Z", "second", True)
-    outbox.settle(tracking, "run", tmp_path / "x.run.json", {"error": None})
+    outbox.update(tracking, "run", tmp_path / "x.run.json", MlflowLink())
     assert entries(tmp_path) == []
     outbox.clear(tracking, tmp_path / "x.run.json")  # nothing is there: nothing happens
 
@@ -69,6 +70,6 @@ def test_a_damaged_entry_is_one_line_and_a_new_try_mends_it(tracking, tmp_path, 
 
 def test_an_outbox_that_cannot_be_written_is_told_with_the_error(tmp_path):
     (tmp_path / "file").write_text("")
-    tracking, outcome = TrackingConfig(outbox=str(tmp_path / "file" / "outbox")), {"error": "refused"}
-    outbox.settle(tracking, "run", tmp_path / "x.run.json", outcome)
-    assert outcome["error"].startswith("refused; tracking.outbox = ") and "track-pending will not know" in outcome["error"]
+    tracking = TrackingConfig(outbox=str(tmp_path / "file" / "outbox"))
+    link = outbox.update(tracking, "run", tmp_path / "x.run.json", MlflowLink(error="refused"))
+    assert link.error.startswith("refused; tracking.outbox = ") and "track-pending will not know" in link.error

@@ -41,7 +41,7 @@ def quick_figures(monkeypatch):
             Path(path).write_text("a figure")
 
     monkeypatch.setattr("tasks.tracking.mlflow_runs.relative_errors", lambda blocks: Drawn())
-    monkeypatch.setattr("tasks.tracking.mlflow_runs.front", lambda sweep: Drawn())
+    monkeypatch.setattr("tasks.tracking.mlflow_runs.front_figure", lambda sweep: Drawn())
 
 
 CALLS = (
@@ -96,9 +96,10 @@ class Cut:
 
 def done(config, record):
     """The end of a run: logged, and registered where it passed its gate."""
-    record["mlflow"] = log.fn(config, record)
-    if record["gate"] and record["gate"]["passed"]:
-        record["registry"] = promote.fn(config, record)
+    record = record.model_copy()
+    record.mlflow = log.fn(config, record)
+    if record.gate and record.gate.passed:
+        record.registry = promote.fn(config, record)
 
 
 def folder_of(config):
@@ -111,21 +112,21 @@ def test_a_run_cut_off_at_any_call_is_as_one_that_was_not(tmp_path, store, monke
     right = store("right")
     with monkeypatch.context() as patch:
         cut = Cut(patch, after=1000)
-        done(config, dict(record))
+        done(config, record)
     expected, calls = dump(right), cut.calls
     assert outbox.files(folder_of(config)) == [] and len(calls) > 12 and len(expected) == 2
-    assert expected["m 1"][0] == record["id"] and expected["m 1"][3] == ["champion"]
+    assert expected["m 1"][0] == record.id and expected["m 1"][3] == ["champion"]
     for after, name in enumerate(calls):
         for answer_lost in (False, True) if name.startswith(("create", "log_batch", "set")) else (False,):
             address = store(f"cut-{after}-{answer_lost}")
             with monkeypatch.context() as patch:
                 cut = Cut(patch, after, answer_lost)
-                done(config, dict(record))
+                done(config, record)
             [entry] = [outbox.read(file) for file in outbox.files(folder_of(config))]
             assert "gone at" in entry.why and len(cut.calls) <= after + 1, "the first call that fails is the last that is made"
             [told] = replay(folder_of(config))
-            assert told["why"] is None and records.read(config.out)["mlflow"]["run_id"] == told["run_id"]
-            assert records.read(config.out)["registry"]["champion"]
+            assert told.why is None and records.read(config.out).mlflow.run_id == told.run_id
+            assert records.read(config.out).registry.champion
             assert dump(address) == expected, (after, answer_lost)
             assert outbox.files(folder_of(config)) == [] and replay(folder_of(config)) == []
 
@@ -133,21 +134,21 @@ def test_a_run_cut_off_at_any_call_is_as_one_that_was_not(tmp_path, store, monke
 def test_a_run_that_is_done_again_and_logged_clears_its_entry(tmp_path, store, monkeypatch):
     config = make_config(tmp_path)
     record = make_record(config)
-    expected = (store("right"), done(config, dict(record)))[0]
+    expected = (store("right"), done(config, record))[0]
     expected, address = dump(expected), store("cut")
     with monkeypatch.context() as patch:
         Cut(patch, 5)
-        done(config, dict(record))
+        done(config, record)
     [file] = outbox.files(folder_of(config))
     kept = file.read_text()
     # the same command again, by now with a gate: what was logged of the config before it was cut off stays
     judged = make_config(tmp_path, gate={"max_kl": 0.1})
-    done(judged, make_record(judged) | {"id": record["id"], "gate": None})
-    assert outbox.files(folder_of(config)) == [] and dump(address)[record["id"]]["metrics"] == expected[record["id"]]["metrics"]
+    done(judged, make_record(judged).model_copy(update={"id": record.id, "gate": None}))
+    assert outbox.files(folder_of(config)) == [] and dump(address)[record.id]["metrics"] == expected[record.id]["metrics"]
     # what is replayed although MLflow has it changes nothing
     before = dump(address)
     file.write_text(kept)
-    assert [each["why"] for each in replay(folder_of(config))] == [None] and dump(address) == before
+    assert [each.why for each in replay(folder_of(config))] == [None] and dump(address) == before
 
 
 @pytest.fixture
@@ -162,18 +163,15 @@ def swept(tmp_path):
 
 def sweep_ends(configs, sweep, made):
     """As flows.sweep ends, with a store that answers or not."""
-    sweep, made = json.loads(json.dumps([sweep, made]))
-    path = Path(sweep["folder"]) / "sweep.json"
+    sweep, made = sweep.model_copy(), {name: record.model_copy() for name, record in made.items()}
     for name, config in configs.items():
-        made[name]["mlflow"] = log.fn(config, made[name])
-    chosen, tracking = sweep["recommended"]["name"], configs["a=1"].tracking
-    sweep["registry"] = promote.fn(configs[chosen], made[chosen])
-    for row in sweep["cells"]:
-        row["mlflow_run_id"] = made[row["name"]]["mlflow"]["run_id"]
-    path.write_text(json.dumps(sweep))
-    sweep["mlflow"] = log_sweep(tracking, sweep)
-    outbox.settle(tracking, "sweep", path, sweep["mlflow"])
-    path.write_text(json.dumps(sweep))
+        made[name].mlflow = log.fn(config, made[name])
+    chosen, tracking = sweep.recommended.name, configs["a=1"].tracking
+    sweep.registry = promote.fn(configs[chosen], made[chosen])
+    sweep.cells = [cell.model_copy(update={"mlflow_run_id": made[cell.name].mlflow.run_id}) for cell in sweep.cells]
+    path = records.write_sweep(sweep.folder, sweep)
+    sweep.mlflow = outbox.update(tracking, "sweep", path, log_sweep(tracking, sweep))
+    records.write_sweep(sweep.folder, sweep)
 
 
 def test_a_sweep_is_logged_with_its_cells_as_children_and_its_choice_registered(tmp_path, store, monkeypatch, swept):
@@ -181,10 +179,10 @@ def test_a_sweep_is_logged_with_its_cells_as_children_and_its_choice_registered(
     right = store("right")
     sweep_ends(*swept)
     expected = dump(right)
-    parent, cells = expected[sweep["id"]], [expected[record["id"]] for record in made.values()]
-    assert parent["name"] == "llama sweep grid" and [cell["tags"]["mlflow.parentRunId"] for cell in cells] == [sweep["id"]] * 2
-    assert (parent["start"], parent["end"]) == (sweep["started_ms"], 1_700_000_000_000) and parent["metrics"]["cells"][0][2] == 2
-    assert expected["m 1"][0] == made["a=1"]["id"]
+    parent, cells = expected[sweep.id], [expected[record.id] for record in made.values()]
+    assert parent["name"] == "llama sweep grid" and [cell["tags"]["mlflow.parentRunId"] for cell in cells] == [sweep.id] * 2
+    assert (parent["start"], parent["end"]) == (sweep.started_ms, 1_700_000_000_000) and parent["metrics"]["cells"][0][2] == 2
+    assert expected["m 1"][0] == made["a=1"].id
     for after in (0, 3, 20):
         address = store(f"cut-{after}")
         with monkeypatch.context() as patch:
@@ -193,11 +191,11 @@ def test_a_sweep_is_logged_with_its_cells_as_children_and_its_choice_registered(
         waiting = outbox.files(tmp_path / "outbox")
         assert len(waiting) >= 2
         found = replay(tmp_path / "outbox")
-        assert [each["kind"] for each in found] == ["run"] * (len(waiting) - 1) + ["sweep"] and not any(each["why"] for each in found)
+        assert [each.kind for each in found] == ["run"] * (len(waiting) - 1) + ["sweep"] and not any(each.why for each in found)
         assert dump(address) == expected
-        told = json.loads((tmp_path / "grid" / "sweep.json").read_text())
-        assert told["mlflow"]["error"] is None and told["registry"]["version"] == "1"
-        assert [row["mlflow_run_id"] for row in told["cells"]] == [records.read(each.out)["mlflow"]["run_id"] for each in configs.values()]
+        told = records.read_sweep(tmp_path / "grid")
+        assert told.mlflow.error is None and told.registry.version == "1"
+        assert [cell.mlflow_run_id for cell in told.cells] == [records.read(each.out).mlflow.run_id for each in configs.values()]
 
 
 def test_two_runs_of_one_record_become_one(tmp_path, store):
@@ -206,9 +204,9 @@ def test_two_runs_of_one_record_become_one(tmp_path, store):
     log_to_mlflow(config, make_record(make_config(tmp_path, "other")))  # so that there is an experiment
     client = MlflowClient(tracking_uri=address)
     for _ in range(2):  # as a call that MLflow tried again after a timeout
-        client.create_run(client.get_experiment_by_name("e").experiment_id, tags={"gptq.run": record["id"]})
-    assert log_to_mlflow(config, record)["error"] is None
-    assert dump(address)[record["id"]]["status"] == "FINISHED"
+        client.create_run(client.get_experiment_by_name("e").experiment_id, tags={"gptq.run": record.id})
+    assert log_to_mlflow(config, record).error is None
+    assert dump(address)[record.id]["status"] == "FINISHED"
 
 
 def call(*args):
@@ -226,13 +224,13 @@ def test_what_cannot_be_logged_is_told_and_stops_no_other(tmp_path, store, monke
     records.record_path(damaged.out).write_text('{"id":')
     records.record_path(foreign.out).write_text('{"id": "x"}')
     (folder_of(good) / "broken.json").write_text("{")
-    assert records.read(good.out)["mlflow"]["run_id"] is None
+    assert records.read(good.out).mlflow.run_id is None
     result = call("--outbox", folder_of(good), "--json")
     found = {Path(each["path"] or each["entry"]).name: each for each in json.loads(result.stdout)}
     assert result.exit_code == 1 and result.stderr.startswith("error: 4 of 5 stay in ") and result.stderr.count("\n") == 1
-    assert found["good.run.json"]["why"] is None and records.read(good.out)["mlflow"]["run_id"] == found["good.run.json"]["run_id"]
+    assert found["good.run.json"]["why"] is None and records.read(good.out).mlflow.run_id == found["good.run.json"]["run_id"]
     assert "the record is gone" in found["gone.run.json"]["why"] and "cannot be read" in found["damaged.run.json"]["why"]
-    assert "KeyError" in found["foreign.run.json"]["why"] and "outbox entry" in found["broken.json"]["why"]
+    assert "is damaged" in found["foreign.run.json"]["why"] and "outbox entry" in found["broken.json"]["why"]
     assert len(outbox.files(folder_of(good))) == 4
     for file in outbox.files(folder_of(good)):
         file.unlink()
@@ -250,7 +248,7 @@ def test_a_store_that_is_still_away_is_asked_once(tmp_path, store, monkeypatch):
             done(config, make_record(config))
         cut = Cut(patch, 0)
         found = replay(folder_of(configs[0]))
-    assert len([name for name in cut.calls]) == 2 and ["gone at" in each["why"] for each in found] == [True] * 3
+    assert len([name for name in cut.calls]) == 2 and ["gone at" in each.why for each in found] == [True] * 3
     result = call("--outbox", folder_of(configs[0]))
     assert result.exit_code == 0 and result.stdout.count("logged as run") == 3 and len(dump(address)) == 3
 
@@ -265,7 +263,7 @@ def test_relative_paths_start_where_the_run_was_started(tmp_path, migrated, monk
         done(config, make_record(config))
     shutil.copy(migrated, "mlflow.db")
     monkeypatch.chdir(tmp_path / "there")
-    assert [each["why"] for each in replay(tmp_path / "here" / "runs" / "outbox")] == [None]
+    assert [each.why for each in replay(tmp_path / "here" / "runs" / "outbox")] == [None]
     assert list((tmp_path / "there").iterdir()) == [] and len(dump(f"sqlite:///{tmp_path}/here/mlflow.db")) == 1
 
 
@@ -276,7 +274,7 @@ def test_an_address_with_a_password_is_given_again(tmp_path, store, monkeypatch)
         done(config, make_record(config))
     assert "s3cret" not in "".join(file.read_text() for file in [*outbox.files(folder_of(config)), records.record_path(config.out)])
     [told] = replay(folder_of(config))
-    assert "no file keeps: give the address by --uri" in told["why"]
+    assert "no file keeps: give the address by --uri" in told.why
     address = store("store")
     assert call("--outbox", folder_of(config), "--uri", "env:GPTQ_STORE").exit_code == 0
     [run] = dump(address).values()
