@@ -72,8 +72,8 @@ def _places(config: RunConfig, record: RunRecord) -> Table:
     return places
 
 
-def show_inspection(found: Json) -> None:
-    """A checkpoint's own account of itself."""
+def show_inspection(found: Inspection) -> None:
+    """Print what a checkpoint holds."""
     head = {
         "checkpoint": found["path"],
         "format": found["format"],

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from gptq_core.errors import one_line
 from tasks.outcome.job import JOB, Event, Job, OriginalJob, Outcome, RunJob, Status
 from tasks.outcome.parts import Screened
+from tasks.progress import Advance
 
 PARENT_GONE = 70
 
@@ -36,7 +37,7 @@ class EventReporter:
         self.write(Event(event="note", text=text))
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]:
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
         self.write(Event(event="stage", text=name))
 
         def advance(done: int, text: str = "") -> None:
