@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gptq_core.checkpoint.inspection import Inspection
 from tasks.config.run import RunConfig
 from tasks.outcome.parts import Json, Loadability, Registration
 from tasks.outcome.record import RunRecord, SweepRecord, record_path
