@@ -192,5 +192,5 @@ def watched(remedy: str = "check PREFECT_API_URL, or unset it to run without a s
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("Failed to reach API", "ephemeral Prefect API")):
             raise
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 401:
-            remedy = "its server asks for a password: set PREFECT_API_AUTH_STRING to its user:password, as `python -m flows ui` tells"
+            remedy = "its server asks for a password: set PREFECT_API_AUTH_STRING to its user:password, as `python -m flows ui` prints it"
         raise PrefectAwayError(f"Prefect does not answer ({error}): {remedy}") from error

@@ -221,8 +221,8 @@ def score(model: Any, measure: TasksMeasure, manager: Any) -> tuple[Scores, dict
     # a task is somebody else's code: its template, its functions and the reader of its data end with whatever they like
     except Exception as error:
         reason = one_line(error)
-        told = f"evaluation.measures: {', '.join(measure.tasks)} failed in lm-eval ({type(error).__name__}: {reason})"
-        raise TaskFailedError(told) from error
+        message = f"evaluation.measures: {', '.join(measure.tasks)} failed in lm-eval ({type(error).__name__}: {reason})"
+        raise TaskFailedError(message) from error
     leaves = {task: _leaves(task, found["group_subtasks"]) for task in measure.tasks}
     scores = {task: _scores(task, leaves[task], found) for task in measure.tasks}
     shots = {task: "/".join(dict.fromkeys(str(found["n-shot"].get(leaf)) for leaf in leaves[task])) for task in measure.tasks}

@@ -163,8 +163,8 @@ class _Judge:
             model,
             lambda: lm_eval_harness.load_model(model, device=device, backend=backend, runner=runner, batch_size=batch_size),
         )
-        scores, told = lm_eval_harness.score(loaded, wanted, lm_eval_harness.find_tasks(wanted))
-        return {"scores": scores, **told}
+        scores, how = lm_eval_harness.score(loaded, wanted, lm_eval_harness.find_tasks(wanted))
+        return {"scores": scores, **how}
 
     def _model(self, kind: str, model: OpenedModel, load: Callable[[], Any]) -> Any:
         """The model that was used last, or another one in its place: one is held at a time."""
