@@ -81,6 +81,17 @@ def commented(text: str, schema: type[Schema]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def completed(text: str) -> str:
+    """configs/quantize.yaml with a line for each key that a recipe sets: a missing one is put behind the one before it."""
+    usual = QuantizeConfig(bits=4)
+    lines = text.splitlines()
+    for before, key in itertools.pairwise(SETS):
+        if not any(line.startswith(f"  # {key}:") for line in lines):
+            at = next(number for number, line in enumerate(lines) if line.startswith(f"  # {before}:"))
+            lines.insert(at + 1, f"  # {key}: {yaml.safe_dump(getattr(usual, key)).splitlines()[0]}")
+    return "\n".join(lines) + "\n"
+
+
 def values(field: dict[str, Any]) -> str:
     """Values that a property of a JSON schema allows, in words."""
     if "anyOf" in field:
@@ -168,7 +179,8 @@ def files() -> Iterator[tuple[Path, str]]:
         kind = yaml.safe_load(preset.read_text(encoding="utf-8"))["kind"]
         configs[preset] = TasksMeasure if kind == "tasks" else PerplexityMeasure
     for path, schema in configs.items():
-        yield path, commented(path.read_text(encoding="utf-8"), schema)
+        text = path.read_text(encoding="utf-8")
+        yield path, commented(completed(text) if path.name == "quantize.yaml" else text, schema)
 
 
 def main() -> None:

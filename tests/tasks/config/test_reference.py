@@ -67,6 +67,13 @@ def test_every_description_is_in_the_files(name, schema, without, request):
     assert not missing
 
 
+@pytest.mark.parametrize("key", reference.SETS[1:])
+def test_a_missing_key_of_the_recipes_is_put_into_the_config_again(key, request):
+    text = (request.config.rootpath / "configs" / "quantize.yaml").read_text(encoding="utf-8")
+    cut = re.sub(rf"  # {key}: .*\n( {{35}}# .*\n)*", "", text)
+    assert cut != text and reference.commented(reference.completed(cut), RunConfig) == text
+
+
 def test_comments_are_made_again_and_all_else_stays():
     text = (
         "# A head.\nmodel:  # stale\n  path: 'a # b'  # stale: words\n"
