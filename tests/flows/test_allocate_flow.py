@@ -83,8 +83,8 @@ def test_widths_are_chosen_once_and_recorded(args, chosen, tmp_path, monkeypatch
     assert found.model_dump() == json.loads(before) and 3.2 < found.bits_per_weight <= 3.5
     assert record.evaluation.kl > 0 and record.stage_seconds["allocate"] == found.seconds
     assert record.config["quantization"]["allocate"] == {"bits": [2, 3, 4, 8], "budget_bpw": 3.5, "budget_gb": None}
-    told = records.allocated(record)
-    assert told.startswith(f"{found['bits_per_weight']:.2f} bits (") and told.endswith(f"predicted KL {found['predicted_kl']:.4g}")
+    told = str(found)
+    assert told.startswith(f"{found.bits_per_weight:.2f} bits (") and told.endswith(f"predicted KL {found.predicted_kl:.4g}")
     assert told in result.stdout
     layers = {layer["name"]: layer["bits"] for layer in json.loads(call("inspect", tmp_path / "out", "--json").stdout)["layers"]}
     assert layers == {name: unit["bits"] for unit in found.units for name in unit["members"]}

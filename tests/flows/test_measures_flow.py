@@ -73,7 +73,7 @@ def test_a_measure_that_fails_costs_no_number_and_is_made_up_for(quantize, home,
     right = tasks.run.Steps.evaluate.fn
     monkeypatch.setattr(tasks.run.Steps.evaluate, "fn", lambda *args: evaluated.append(1) or right(*args))
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.evaluation.scores._Judge, "rows", broken)
+        patch.setattr(tasks.evaluation.scores._Judge, "results", broken)
         result = quantize("again", CHOICE, "gate.max_kl=100", "gate.register_as=tiny")
     assert "registry" not in result.stdout
     assert result.exit_code == 1 and "RuntimeError: the device is gone" in result.stderr
@@ -87,7 +87,7 @@ def test_a_measure_that_fails_costs_no_number_and_is_made_up_for(quantize, home,
     assert record.seconds > first.seconds
     # measures that fail on finished work leave none of the former ones behind, nor a recovery for the gate
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.evaluation.scores._Judge, "rows", broken)
+        patch.setattr(tasks.evaluation.scores._Judge, "results", broken)
         result = quantize("again", CHOICE.replace("6", "5"), "gate.min_recovery=0.01", "gate.register_as=tiny")
     record = records.read(home / "again")
     assert result.exit_code == 1 and record.evaluation.measures == [] and not record.gate.passed and record.registry is None
