@@ -13,6 +13,7 @@ from gptq_core.config import KERNELS, kernel_name
 from gptq_core.errors import InputError
 from gptq_core.inference import backends, evaluation
 from gptq_core.inference.backends import Layer, stored
+from gptq_core.model.opened import open_model
 
 CPU = torch.device("cpu")
 
@@ -125,14 +126,16 @@ def test_load_quantized_hands_over_every_packed_linear(fake, out, monkeypatch):
 def test_evaluation_runs_the_checkpoint_by_the_backend_and_the_original_not(out, tmp_path, monkeypatch):
     asked = []
 
-    def load(path, device="auto", revision=None, backend=None):
-        asked.append((path, backend))
+    original, checkpoint = save_model("llama", tmp_path / "original"), str(out)
+
+    def load(model, device="auto", revision=None, backend=None):
+        asked.append((open_model(model).folder, backend))
         return load_quantized(out)
 
     monkeypatch.setattr(evaluation, "load_for_evaluation", load)
-    evaluation.evaluate_pair("original", "checkpoint", windows(), device="cpu", backend="marlin")
-    evaluation.evaluate_one("checkpoint", windows(), device="cpu", backend="marlin")
-    assert asked == [("checkpoint", "marlin"), ("original", None), ("checkpoint", "marlin")]
+    evaluation.evaluate_pair(str(original), checkpoint, windows(), device="cpu", backend="marlin")
+    evaluation.evaluate_one(checkpoint, windows(), device="cpu", backend="marlin")
+    assert asked == [(out, "marlin"), (original, None), (out, "marlin")]
 
 
 def test_a_dense_model_has_no_use_for_a_kernel(fake, tmp_path):
