@@ -227,7 +227,7 @@ def test_the_order_of_rules_belongs_to_the_run(llama, tmp_path):
         ({"(": {"bits": 8}}, r"'\(' is not a regular expression"),
         ({".*": {"bits": 5}}, r"'\.\*': bits = 5"),
         ({".*": {"format": "gptq_v2"}}, r"cannot set 'format'; it can set bits, group_size"),
-        ({"-:.*": {"bits": 8}}, r"leaves linears out, so it takes no keys"),
+        ({"-:.*": {"bits": 8}}, r"leaves layers unquantized, so it takes no keys"),
         ({".*": {"desc_act": True, "act_group_aware": True}}, r"act_group_aware"),
     ],
 )
