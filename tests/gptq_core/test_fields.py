@@ -271,11 +271,11 @@ def mean_bits(w: Written) -> float:
 
 def prepared_tokens(config: QuantizeConfig, model: Path, out: Path) -> torch.Tensor:
     from tasks.config.run import from_dict
-    from tasks.request.texts import prepare
+    from tasks.request.request import Requests
 
     quantization = {"bits": config.bits, "dataset": config.dataset}
     request = {"model": {"path": str(model)}, "quantization": quantization, "calibration": {"seqlen": 16}, "evaluation": {"seqlen": 16}}
-    return prepare(from_dict(request | {"output": {"dir": str(out)}})).calibration.tokens
+    return Requests().of(from_dict(request | {"output": {"dir": str(out)}})).texts.calibration.tokens
 
 
 def outcome(config: QuantizeConfig, model: Path, out: Path) -> str | list[str]:

@@ -15,6 +15,7 @@ from gptq_core import Quantization, QuantizeConfig
 from gptq_core.errors import InputError
 from gptq_core.method import solver
 from gptq_core.method.hessian import Hessian
+from gptq_core.model.architecture import own_dtype
 from gptq_core.planning import estimate, plan, rates
 from gptq_core.planning.estimate import Texts
 from gptq_core.planning.rates import Rates
@@ -217,7 +218,7 @@ def test_a_config_that_names_no_dtype_is_float32(llama, tmp_path):
     (model / "config.json").write_text(json.dumps(fields))
     config = QuantizeConfig(**W4)
     named, unnamed = (plan.plan(str(path), config) for path in (llama, model))
-    assert unnamed.dtype is None
+    assert own_dtype(unnamed.model.config) is None
     took = [
         estimate.estimate(found, config, Texts(4, 32, 32, 4), device="cpu", dtype="float32", process_bytes=0) for found in (named, unnamed)
     ]
