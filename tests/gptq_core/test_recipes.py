@@ -14,7 +14,7 @@ from gptq_core.data.tokenizer import load_tokenizer
 from gptq_core.errors import InputError
 from gptq_core.model.architecture import empty_model, find_decoder, linears_of, load_config
 from gptq_core.model.capture import Call
-from gptq_core.run import block_work, engine
+from gptq_core.run import block_work
 
 EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded"
 RECIPES = ("classic", "tuned", "best", "max")
@@ -127,7 +127,7 @@ def test_the_first_forward_of_the_tuning_is_the_closed_form(tmp_path):
         return original(block, solutions, max_codes, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "tune", seen)
+        patch.setattr(block_work, "tune", seen)
         quantize(folder, tmp_path / "out", QuantizeConfig(bits=3, group_size=32, recipe="max", tuning_steps=1))
     assert len(tuned) == 2 * len(linears_of(find_decoder(empty_model(load_config(folder), torch.float32)).blocks[0]))
     for latent, closed in tuned:
