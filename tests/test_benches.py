@@ -255,7 +255,7 @@ def test_gpu_bench_runs_on_a_cpu_with_the_engine_alone(tmp_path):
 
 
 def test_kernels(bench, monkeypatch, tmp_path):
-    start(bench("kernels"), monkeypatch, "--device", "cpu", "--rows", "32,64", "--columns", 256, "--times", 1, "--out", tmp_path)
+    start(bench("inner_loops"), monkeypatch, "--device", "cpu", "--rows", "32,64", "--columns", 256, "--times", 1, "--out", tmp_path)
     results, page = written(tmp_path)
     products = dispatch.compiles_products()
     assert [own["what"].split(",")[0] for own in results["calls"]] == 2 * ["sweep", "books", "descent", "scales"] + products * ["hessian"]
@@ -266,7 +266,7 @@ def test_kernels(bench, monkeypatch, tmp_path):
 
 def test_the_twin_of_a_kernel_is_plain_torch(bench, monkeypatch):
     """Both columns would be the same, and alike, if the kernel stood in for its twin."""
-    kernels, given = bench("kernels"), []
+    kernels, given = bench("inner_loops"), []
     monkeypatch.setattr(dispatch, "kernels", lambda *_tensors: given.append(True))
     for each in kernels.problems(8, 256, torch.device("cpu")):
         given.clear()

@@ -248,7 +248,7 @@ def test_the_original_is_scored_once_for_all_runs_of_a_folder(config, home, monk
     first = measured(mine)
     assert [path == mine.model.path for path in asked] == [True, False]
     again = measured(mine)
-    assert len(asked) == 3 and all(again[0][key] == first[0][key] for key in ("original", "quantized", "interval"))
+    assert len(asked) == 3 and all(getattr(again[0], key) == getattr(first[0], key) for key in ("original", "quantized", "interval"))
     # other data under the same name is another original
     data = home / "tasks" / "pairs.jsonl"
     text = data.read_text()

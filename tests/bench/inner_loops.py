@@ -1,6 +1,6 @@
 """The kernels, in Triton or in C, beside their torch twins on the same device, for column blocks and layers of real models.
 
-    PYTHONPATH=. python tests/bench/kernels.py [--rows 1024,4096,6144,28672] [--columns 4096] [--threads 1]
+    PYTHONPATH=. python tests/bench/inner_loops.py [--rows 1024,4096,6144,28672] [--columns 4096] [--threads 1]
 
 For each number of stacked outputs: one column block of the sweep (128 columns), its books, one of the descent, and the search for all
 scales of a layer of --columns inputs, 4 bits, group 128, symmetric; and, where bfloat16 products are given to C, the Hessian of 2048 tokens
