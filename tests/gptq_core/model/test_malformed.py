@@ -51,6 +51,7 @@ def copy(llama, tmp_path):
     return shutil.copytree(llama, tmp_path / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
 def test_a_config_that_makes_no_sense_is_refused_in_one_line(change, copy):
     config = json.loads((copy / "config.json").read_text())
@@ -67,6 +68,7 @@ def test_a_config_that_cannot_be_read_is_refused(text, copy):
         plan(str(copy), QuantizeConfig(bits=4, group_size=32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 @pytest.mark.parametrize("value", ["somebody/a-kernel", 3, "nope"])
 def test_a_config_names_no_code_to_fetch(key, value, copy):

@@ -24,6 +24,7 @@ def changed(folder, change, architecture="llama"):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "place"),
     [
@@ -65,6 +66,7 @@ def test_finite_numbers_of_any_size_pass(dtype):
     assert check_finite(torch.tensor([1, 2]), "x", "here").tolist() == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_bias_beyond_float16_is_refused_by_name(tmp_path):
     name = "model.layers.1.self_attn.q_proj.bias"
     model = changed(tmp_path / "model", lambda tensors: tensors[name].__setitem__(0, 1e5), "qwen2_tied_with_bias")
@@ -97,6 +99,7 @@ def test_a_destroyed_layer_counts_as_one_that_fell_back(tmp_path):
     assert report["fallback"].startswith("destroyed: relative error") and report["relative_error"] > 0.5
 
 
+@pytest.mark.slow
 def test_two_bits_by_the_plainest_recipe_are_rounded_and_not_destroyed(tmp_path):
     plain = QuantizeConfig(bits=2, group_size=-1, recipe="classic")
     assert quantize(save_model("llama", tmp_path / "model"), tmp_path / "out", plain)["fallback_layers"] == []
