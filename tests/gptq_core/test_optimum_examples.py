@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 from gptq_core import GPTQQuantizer, QuantizedLinear, load_quantized, load_quantized_model
 
+pytestmark = pytest.mark.slow
+
 WIDE = {"hidden_size": 128, "ffn_dim": 256, "word_embed_proj_dim": 128, "vocab_size": 384, "max_position_embeddings": 2048}
 TEXT = "auto-gptq is an easy-to-use model quantization library with user-friendly apis, based on the GPTQ algorithm."
 

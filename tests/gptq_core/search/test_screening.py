@@ -17,7 +17,7 @@ from gptq_core.planning.plan import plan
 from gptq_core.search import screening
 from gptq_core.search.screening import Screened
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 HELDOUT = windows(5, 24, seed=9)
 """Neither as many as the calibration windows nor as long."""
