@@ -21,7 +21,7 @@ WITH_ARGUMENTS = sorted(path.name for path in BENCH.glob("*.py") if "ArgumentPar
 FORBIDDEN = ("prefect", "mlflow", "typer", "rich", "flows", "tasks")
 TOLD = {"seconds", "floor", "ratio"}
 
-pytestmark = pytest.mark.usefixtures("one_thread", "same_threads")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "same_threads")]
 
 
 @pytest.fixture

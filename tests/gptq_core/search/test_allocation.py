@@ -21,7 +21,7 @@ from gptq_core.schema import explain
 from gptq_core.search import allocation
 from gptq_core.search.allocation import UnitProbes, choose, knapsack, presumed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 EMBEDDED = Path(__file__).parents[3] / "flows" / "embedded"
 W = {"bits": 3, "group_size": 32}
